@@ -8,24 +8,14 @@
 #   SKIP_SETUP=1    take VENV as it is
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-VENV=${VENV:-$ROOT/.venv}
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 # One line in the venv: "building" while it is half done, else the fingerprint of what was installed.
 MARK=$VENV/.lmcache-ext
 LOG=$VENV.log
 LOCK_WAIT_S=1800
-
-say() { printf 'setup: %s\n' "$*"; }
-die() { printf 'setup: %s\n' "$@" >&2; exit 1; }
-
-choose_device() {
-    case ${DEVICE:-auto} in
-        cpu | cuda) echo "$DEVICE" ;;
-        auto) if nvidia-smi -L >/dev/null 2>&1; then echo cuda; else echo cpu; fi ;;
-        *) die "DEVICE=$DEVICE is not one of auto, cpu, cuda" ;;
-    esac
-}
 
 fingerprint() { # of everything that an up-to-date venv depends on
     { echo "$ROOT $device"; cat "$ROOT/pyproject.toml" "$lock" "$ROOT/requirements/dev.lock"; } | sha256sum | cut -d' ' -f1
@@ -79,7 +69,7 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 shown_pip() {
     say "pip $*"
     pip "$@" 2>&1 | tee -a "$LOG" |
-        { grep --line-buffered -E '^ *(Downloading|Installing collected|Successfully)|^ERROR' || true; } | cut -c1-120
+        { grep --line-buffered -E '^ *(Downloading .* MB\)|Installing collected|Successfully)|^ERROR' || true; } | cut -c1-120
 }
 
 why_pip_failed() {
@@ -152,7 +142,7 @@ build() {
 
 main() {
     [ "${SKIP_SETUP:-0}" != 1 ] || return 0
-    device=$(choose_device)
+    choose_device
     lock=$ROOT/requirements/$device.lock
     [ "$(mark)" != "$(fingerprint)" ] || return 0
     need_system_packages

@@ -1,0 +1,202 @@
+# shellcheck shell=bash
+# Shared by the scripts in this folder, which source it. Defines functions and variables, does nothing by itself.
+#
+# A script calls, in this order: set_up; choose_model "$@"; choose_network; check_machine; open_run; start NAME CMD...
+# for each process; wait_until_listed; supervise. Whatever it started ends with it.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+VENV=${VENV:-$ROOT/.venv}
+DEMO_MODEL=$ROOT/launch/demo_model
+
+START_TIMEOUT_S=${START_TIMEOUT_S:-900} # loading and, on a GPU, compiling a large model takes minutes
+STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-60}
+LAST_LINES=25
+
+NAMES=() PIDS=() # of what was started, in that order
+
+say() { printf '%s: %s\n' "${0##*/}" "$*"; }
+die() { printf "${0##*/}: %s\n" "$@" >&2; exit 1; }
+
+choose_device() { # cpu or cuda, into $device
+    case ${DEVICE:-auto} in
+        cpu | cuda) device=$DEVICE ;;
+        auto) if nvidia-smi -L >/dev/null 2>&1; then device=cuda; else device=cpu; fi ;;
+        *) die "DEVICE=$DEVICE is not one of auto, cpu, cuda" ;;
+    esac
+}
+
+set_up() {
+    choose_device
+    "$ROOT/launch/setup.sh" || exit 1
+    [ -x "$VENV/bin/python" ] || die "VENV=$VENV has no bin/python"
+}
+
+flag_value() { # flag_value --name "$@": the value of a flag among the arguments, empty if it is not there
+    local flag=$1 value=
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+            "$flag") value=${2-} ;;
+            "$flag"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s' "$value"
+}
+
+# MODEL, SERVED_NAME and MODEL_FLAGS, from the environment, the worker's flags ("$@") and the machine.
+choose_model() {
+    local given
+    given=$(flag_value --model "$@")
+    MODEL=${given:-${MODEL:-}}
+    if [ -z "$MODEL" ]; then
+        if [ "$device" = cuda ]; then MODEL=Qwen/Qwen3-0.6B; else MODEL=$DEMO_MODEL; fi
+    fi
+    SERVED_NAME=$(flag_value --served-model-name "$@")
+    MODEL_FLAGS=(--model "$MODEL")
+    if [ "$device" = cpu ]; then
+        # vLLM would take half of the memory.
+        if [ "$MODEL" = "$DEMO_MODEL" ]; then kv_gib=1; else kv_gib=4; fi
+        export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-$kv_gib}
+    fi
+    if [ "$MODEL" = "$DEMO_MODEL" ]; then
+        [ -n "$SERVED_NAME" ] || MODEL_FLAGS+=(--served-model-name demo)
+        SERVED_NAME=${SERVED_NAME:-demo}
+        # The smallest block of vLLM's CPU platform: the model's prompts are short.
+        [ -n "$(flag_value --block-size "$@")" ] || MODEL_FLAGS+=(--block-size 32)
+    fi
+    SERVED_NAME=${SERVED_NAME:-$MODEL}
+    [ ! -d "$MODEL" ] || export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # nothing to ask the hub for
+    export MODEL
+}
+
+# Ports and discovery. That everything else stays on loopback is in backends/vllm/settings.py, for all who start it.
+choose_network() {
+    export HTTP_HOST=${HTTP_HOST:-127.0.0.1} HTTP_PORT=${HTTP_PORT:-8000} DYN_SYSTEM_PORT=${DYN_SYSTEM_PORT:-8081}
+    export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
+    if [ "$DYN_DISCOVERY_BACKEND" = etcd ]; then
+        # Else Dynamo sends requests by TCP and events by ZMQ.
+        export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-nats} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-nats}
+    fi
+    # One frontend, on this machine: it knows at once that a worker leaves.
+    export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS:-1}
+}
+
+check_machine() {
+    "$VENV/bin/lmcache-ext" doctor --quiet || die "not started: see the lines marked fail" \
+        "all checks: $VENV/bin/lmcache-ext doctor"
+}
+
+open_run() { # a private folder for logs and file discovery; from here on, leaving the script stops what it started
+    RUN_DIR=$(mktemp -d "${TMPDIR:-/tmp}/lmcache-ext.XXXXXX")
+    LOG_DIR=${LOG_DIR:-$RUN_DIR}
+    mkdir -p "$LOG_DIR"
+    if [ "$DYN_DISCOVERY_BACKEND" = file ] && [ -z "${DYN_FILE_KV:-}" ]; then
+        export DYN_FILE_KV=$RUN_DIR/discovery
+        mkdir "$DYN_FILE_KV"
+    fi
+    trap 'stop_all; rm -rf "$RUN_DIR"; say stopped; exit 130' INT
+    trap 'stop_all; rm -rf "$RUN_DIR"; say stopped; exit 143' TERM HUP
+}
+
+# Each process gets a session of its own, so that Ctrl-C reaches only this script, which then stops the processes in
+# order, and so that all descendants can be found by their process group. If the script is killed, they are, too.
+start() { # start NAME COMMAND...
+    local name=$1
+    shift
+    say "starting $name (log: $LOG_DIR/$name.log)"
+    setpriv --pdeathsig TERM setsid "$@" >"$LOG_DIR/$name.log" 2>&1 </dev/null &
+    NAMES+=("$name") PIDS+=($!)
+}
+
+group_alive() { kill -0 -- "-$1" 2>/dev/null; }
+
+stop_one() { # stop_one PID: SIGTERM, then SIGKILL to what is left of its group
+    local deadline=$((SECONDS + STOP_TIMEOUT_S))
+    kill -TERM "$1" 2>/dev/null || true
+    while kill -0 "$1" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ] && [ -z "${hurry:-}" ]; do sleep 0.2; done
+    deadline=$((SECONDS + 5))
+    while group_alive "$1" && [ "$SECONDS" -lt "$deadline" ] && [ -z "${hurry:-}" ]; do sleep 0.2; done
+    kill -KILL -- "-$1" 2>/dev/null || true
+}
+
+stop_all() { # the last one first: workers before the frontend
+    local i
+    hurry=
+    trap 'hurry=1' INT TERM HUP
+    for ((i = ${#PIDS[@]} - 1; i >= 0; i--)); do
+        say "stopping ${NAMES[i]}"
+        stop_one "${PIDS[i]}"
+    done
+    wait
+}
+
+give_up() { # give_up INDEX MESSAGE...: show that process's last lines, stop everything, keep the logs
+    local log=$LOG_DIR/${NAMES[$1]}.log
+    shift
+    {
+        printf '%s\n' "---- the end of $log"
+        tail -n "$LAST_LINES" "$log"
+        printf '%s\n' ----
+    } >&2
+    stop_all
+    die "$@" "the whole log: $log"
+}
+
+check_alive() {
+    local i status
+    for i in "${!PIDS[@]}"; do
+        kill -0 "${PIDS[i]}" 2>/dev/null && continue
+        status=0
+        wait "${PIDS[i]}" || status=$?
+        give_up "$i" "${NAMES[i]} ended by itself, with exit status $status"
+    done
+}
+
+base_url() { if [ "$HTTP_HOST" = 0.0.0.0 ]; then echo "http://127.0.0.1:$HTTP_PORT"; else echo "http://$HTTP_HOST:$HTTP_PORT"; fi; }
+
+is_listed() {
+    "$VENV/bin/python" -I -S - "$(base_url)/v1/models" "$SERVED_NAME" 2>/dev/null <<'EOF'
+import json, sys, urllib.request
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+listed = json.load(opener.open(sys.argv[1], timeout=5))["data"]
+sys.exit(sys.argv[2] not in [model["id"] for model in listed])
+EOF
+}
+
+wait_until_listed() {
+    local begin=$SECONDS next=$((SECONDS + 15))
+    until is_listed; do
+        check_alive
+        if [ $((SECONDS - begin)) -ge "$START_TIMEOUT_S" ]; then
+            give_up $((${#PIDS[@]} - 1)) "$SERVED_NAME is not listed after $START_TIMEOUT_S s (START_TIMEOUT_S)"
+        fi
+        if [ "$SECONDS" -ge "$next" ]; then
+            say "waiting for $SERVED_NAME, $((SECONDS - begin)) s so far"
+            next=$((SECONDS + 15))
+        fi
+        sleep 0.5
+    done
+    say "$SERVED_NAME is listed after $((SECONDS - begin)) s"
+}
+
+supervise() { # until Ctrl-C, or until a process ends
+    wait -n "${PIDS[@]}" || true
+    check_alive
+}
+
+# A request that works as it stands in a shell, with a prompt longer than a chunk of 256 tokens.
+show_example() {
+    local prompt expect
+    if [ "$MODEL" = "$DEMO_MODEL" ]; then
+        { IFS= read -r prompt; read -r expect; } < <("$VENV/bin/python" "$ROOT/launch/example_prompt.py")
+        expect="512, and the text of both \"$expect\""
+    else
+        prompt="'\"\$(printf 'The cache keeps what the model has read. %.0s' {1..64})\"'" # for the reader's shell
+        expect="more than 0"
+    fi
+    say "ready; run this twice:"
+    printf '\ncurl -s %s/v1/completions -H "Content-Type: application/json" -d %s\n\n' "$(base_url)" \
+        "'{\"model\": \"$SERVED_NAME\", \"prompt\": \"$prompt\", \"max_tokens\": 3, \"temperature\": 0}'"
+    say "the second answer's usage.prompt_tokens_details.cached_tokens should be $expect"
+}

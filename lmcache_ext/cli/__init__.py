@@ -1,0 +1,1 @@
+"""The `lmcache-ext` command. The only place where printing is allowed."""

@@ -1,0 +1,28 @@
+"""`lmcache-ext`: one subcommand per module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lmcache_ext import __version__
+from lmcache_ext.cli import doctor
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: each subcommand's module adds itself."""
+    parser = argparse.ArgumentParser(prog="lmcache-ext", description="Tools around the lmcache_ext KV-cache engine.")
+    parser.add_argument("--version", action="version", version=f"lmcache-ext {__version__}")
+    doctor.add_to(parser.add_subparsers(title="commands", required=True))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; its exit code."""
+    args = build_parser().parse_args(argv)
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
