@@ -1,0 +1,75 @@
+"""The event log of one engine."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lmcache_ext.engine import Chunk
+
+
+class Tier(str, enum.Enum):
+    """Tier names that Dynamo 1.4.2 and 1.6.1 both understand."""
+
+    CPU = "CPU"
+    DISK = "DISK"
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a router must know of a chunk: the engine's own block hashes, so that our events and its events agree."""
+
+    block_hashes: tuple[bytes, ...]  # one per engine block of the chunk
+    parent_hash: bytes | None  # of the block before
+    token_ids: tuple[int, ...]
+    block_size: int  # tokens
+    lora_id: int | None
+    lora_name: str | None
+    salt: str | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A chunk became visible in a tier, or left it."""
+
+    stored: bool
+    tier: Tier
+    what: Announcement
+
+
+class EventLog:
+    """A directory's listener. Chunks whose note is no Announcement (events are off, or theirs are not indexable) pass
+    in silence. Bounded: nobody takes, nothing is kept."""
+
+    def __init__(self, tier: Tier, limit: int = 100_000) -> None:
+        self._tier = tier
+        self._limit = limit
+        self._events: list[Event] = []
+        self.dropped = 0
+
+    def stored(self, chunk: Chunk) -> None:
+        """A chunk is ready."""
+        self._add(True, chunk)
+
+    def removed(self, chunk: Chunk) -> None:
+        """A chunk is gone."""
+        self._add(False, chunk)
+
+    def announce(self, chunks: Iterable[Chunk]) -> None:
+        """Say again what is resident: somebody's view was cleared."""
+        for chunk in chunks:
+            self._add(True, chunk)
+
+    def take(self) -> list[Event]:
+        """Events since the last call, oldest first."""
+        events, self._events = self._events, []
+        return events
+
+    def _add(self, stored: bool, chunk: Chunk) -> None:
+        if not isinstance(chunk.note, Announcement):
+            return
+        if len(self._events) >= self._limit:
+            self.dropped += 1
+            return
+        self._events.append(Event(stored, self._tier, chunk.note))

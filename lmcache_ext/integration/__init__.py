@@ -1,0 +1,1 @@
+"""Where engines meet the cache: one folder per engine."""

@@ -1,0 +1,158 @@
+"""Plans under way: who waits for them, what they hold, and until when.
+
+A store holds a reservation for each chunk and a reference on each source block; a load holds a lease on each chunk.
+All of it comes back when every worker has reported, or, for a store's blocks, at its deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmcache_ext.engine import Chunk, Directory
+from lmcache_ext.integration.vllm.metadata import Report, Tally
+from lmcache_ext.transfer.base import Plan, Way
+
+
+@dataclass
+class Flight:
+    """One plan and what it holds."""
+
+    plan: Plan
+    request_id: str
+    chunks: list[Chunk]
+    tokens: int
+    pinned: list[Any] = field(default_factory=list)  # vLLM's KVCacheBlock, stores only
+    replaces: list[bytes] = field(default_factory=list)  # partial chunks that a fuller one makes superfluous
+    deadline: float = float("inf")
+    doomed: bool = False  # its bytes must never be seen
+    tally: Tally = field(default_factory=Tally)
+
+
+class Pins:
+    """References on the GPU's blocks, so that a source isn't reused while it is copied.
+
+    vLLM counts a pinned block as used, both when a running request grows and at admission. So stores may pin only what
+    nobody misses: up to `fraction` of all blocks, or up to half of the free ones, whichever is more.
+    """
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._pool: Any = None  # vLLM's BlockPool
+        self.count = 0
+
+    def bind(self, pool: Any) -> None:
+        """Called once, before the first request."""
+        self._pool = pool
+
+    def allow(self, blocks: int) -> bool:
+        """Whether `blocks` more may be pinned now."""
+        if self._pool is None:
+            return False
+        bound = max(self._fraction * self._pool.num_gpu_blocks, self._pool.get_num_free_blocks() / 2)
+        return self.count + blocks <= bound
+
+    def pin(self, block_ids: Iterable[int]) -> list[Any]:
+        """Hold these blocks until `unpin`."""
+        blocks = [self._pool.blocks[block_id] for block_id in block_ids]
+        self._pool.touch(blocks)
+        self.count += len(blocks)
+        return blocks
+
+    def unpin(self, blocks: list[Any]) -> None:
+        """Give them back; the last of a chain leaves vLLM's prefix cache first."""
+        self._pool.free_blocks(reversed(blocks))
+        self.count -= len(blocks)
+
+
+class Flights:
+    """All plans under way. One thread, never blocks."""
+
+    def __init__(self, directory: Directory, pins: Pins, workers: int) -> None:
+        self._directory = directory
+        self._pins = pins
+        self._workers = workers
+        self._open: dict[int, Flight] = {}
+        self._next_id = 0
+
+    def next_id(self) -> int:
+        """A plan id; ids rise."""
+        self._next_id += 1
+        return self._next_id
+
+    def add(self, flight: Flight) -> None:
+        """`flight` is on its way to the workers."""
+        self._open[flight.plan.id] = flight
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def storing(self) -> bool:
+        """Whether a store still holds blocks of the GPU."""
+        return any(flight.pinned for flight in self._open.values())
+
+    def of(self, request_id: str, way: Way) -> list[int]:
+        """Ids of a request's plans."""
+        return [i for i, f in self._open.items() if f.request_id == request_id and f.plan.way is way]
+
+    def loads(self) -> list[Flight]:
+        """Loads under way."""
+        return [flight for flight in self._open.values() if flight.plan.way is Way.LOAD]
+
+    def settle(self, report: Report) -> list[Flight]:
+        """Take in what workers reported; flights that every worker is done with, with all they held given back."""
+        landed = []
+        for plan_id, tally in report.done.items():
+            flight = self._open.get(plan_id)
+            if flight is None:
+                continue
+            flight.tally = flight.tally.add(tally)
+            if flight.tally.workers >= self._workers:
+                del self._open[plan_id]
+                self._land(flight)
+                landed.append(flight)
+        return landed
+
+    def expire(self) -> list[Flight]:
+        """Stores past their deadline: their blocks go back now, and what they still write is never seen."""
+        now = time.monotonic()
+        late = [f for f in self._open.values() if f.pinned and f.deadline < now]
+        for flight in late:
+            self._doom(flight)
+            self._unpin(flight)
+        return late
+
+    def doom_stores(self) -> None:
+        """What stores under way hold was computed from bytes that never arrived: it must not be seen."""
+        for flight in self._open.values():
+            if flight.plan.way is Way.STORE:
+                self._doom(flight)
+
+    def failed_loads(self, invalid: Collection[int]) -> list[Flight]:
+        """Loads under way of which at least one target is in `invalid`."""
+        return [flight for flight in self.loads() if not flight.doomed and set(flight.plan.blocks.tolist()) & set(invalid)]
+
+    def _doom(self, flight: Flight) -> None:
+        flight.doomed = True
+        for chunk in flight.chunks:
+            self._directory.abandon(chunk)
+
+    def _land(self, flight: Flight) -> None:
+        if flight.plan.way is Way.LOAD:
+            self._directory.release(flight.chunks)
+            return
+        ok = not flight.tally.failed and not flight.doomed
+        for chunk in flight.chunks:
+            self._directory.complete_store(chunk, ok)
+        if ok:
+            for key in flight.replaces:
+                self._directory.drop(key)
+        self._unpin(flight)
+
+    def _unpin(self, flight: Flight) -> None:
+        if flight.pinned:
+            self._pins.unpin(flight.pinned)
+            flight.pinned = []

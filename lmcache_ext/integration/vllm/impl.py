@@ -1,0 +1,268 @@
+"""`LMCacheConnectorV1Impl`: what stands behind the connector classes, in either role.
+
+Every scheduler-side hook runs under one guard, because an exception there ends vLLM's engine core: a fault becomes a
+logged miss. After `_MAX_FAULTS` of them the cache is switched off, loudly, and the engine serves on without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.logger import init_logger
+
+from lmcache_ext.config import GIB, EngineConfig, default_pool_gb, load_config, require_pool_fits
+from lmcache_ext.integration.vllm.metadata import Report, StepMeta
+from lmcache_ext.integration.vllm.model import Model, namespace, unsupported
+from lmcache_ext.integration.vllm.policy import recompute_on_failure
+from lmcache_ext.integration.vllm.scheduler import SchedulerSide
+from lmcache_ext.integration.vllm.worker import WorkerSide, rank_of
+from lmcache_ext.transfer import rendezvous
+
+logger = init_logger("vllm.lmcache_ext")
+
+POOL_SETTING = "LMCACHE_MAX_LOCAL_CPU_SIZE"
+_FIND_SECONDS = 30.0  # the workers published before vLLM built its scheduler
+_MAX_FAULTS = 20
+
+R = TypeVar("R")
+Hook = Callable[..., R]
+
+
+def guarded(miss: Callable[[], R]) -> Callable[[Hook[R]], Hook[R]]:
+    """Decorator for scheduler-side hooks: on any fault log it, count it, and answer `miss()`."""
+
+    def wrap(hook: Hook[R]) -> Hook[R]:
+        @functools.wraps(hook)
+        def call(self: LMCacheConnectorV1Impl, *args: Any) -> R:
+            if self._scheduler is None:
+                return miss()
+            try:
+                return hook(self, *args)
+            except Exception:
+                self._faulted(hook.__name__)
+                return miss()
+
+        return call
+
+    return wrap
+
+
+class LMCacheConnectorV1Impl:
+    """One role's half of the connector.
+
+    Args:
+        vllm_config: vLLM's configuration; `kv_transfer_config` holds our settings under `lmcache.*`.
+        role: SCHEDULER or WORKER.
+        parent: the connector class that delegates to us; knows the KV cache's configuration.
+
+    Raises:
+        ConfigError: a setting is wrong; the message names it.
+        LayoutError: at `register_kv_caches`, for a KV layout that we do not know.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, parent: KVConnectorBase_V1) -> None:
+        _show_our_logs()
+        self._vllm_config = vllm_config
+        self._transfer_config = vllm_config.kv_transfer_config
+        self._extra: dict[str, Any] = dict(self._transfer_config.kv_connector_extra_config or {})
+        self._kv = parent._kv_cache_config
+        self.config = load_config(self._extra, defaults=self._defaults())
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._faults = 0
+        self._pool: Any = None
+        why = unsupported(vllm_config, self._kv)
+        if why:
+            if role is KVConnectorRole.SCHEDULER:
+                logger.warning("this model is served without the KV cache layer: %s", why)
+            return
+        self._model = Model.of(vllm_config, self._kv)
+        self._bpc = self._model.blocks_per_chunk(self.config)
+        if role is KVConnectorRole.SCHEDULER:
+            recompute_on_failure(vllm_config)
+            self._scheduler = self._open_scheduler()
+        else:
+            self._worker = self._open_worker()
+
+    def _defaults(self) -> dict[str, Any]:
+        """`--kv-offloading-size`: GiB over all ranks; vLLM does not hand it to a connector."""
+        cache = self._vllm_config.cache_config
+        size = getattr(cache, "kv_offloading_size", None)
+        if size is None or getattr(cache, "kv_offloading_backend", None) != "lmcache":
+            return {}
+        return {"max_local_cpu_size": size / self._vllm_config.parallel_config.world_size}
+
+    def _open_worker(self) -> WorkerSide:
+        parallel = self._vllm_config.parallel_config
+        workers = max(1, int(getattr(parallel, "world_size", 1)) // max(1, getattr(parallel, "nnodes", 1)))
+        gb = self.config.max_local_cpu_size
+        if gb is None:
+            gb = default_pool_gb(workers)
+            logger.info("%s is unset: %.2f GB of host memory for this rank", POOL_SETTING, gb)
+        else:
+            require_pool_fits(gb, workers, POOL_SETTING)
+        return WorkerSide(
+            str(self._transfer_config.engine_id),
+            self._model,
+            rank_of(self._vllm_config),
+            self._bpc,
+            int(gb * GIB),
+            self.config.load_timeout_secs,
+            POOL_SETTING,
+        )
+
+    def _open_scheduler(self) -> SchedulerSide:
+        engine_id, model = str(self._transfer_config.engine_id), self._model
+        found = [rendezvous.find(engine_id, rank, _FIND_SECONDS) for rank in model.writers]
+        pools = [pool for pool in found if pool is not None]
+        if len(pools) < len(found):
+            logger.error("only %d of %d workers' pools were found; nothing will be cached", len(pools), len(found))
+        rendezvous.retract(engine_id, model.world_size)
+        events = getattr(self._vllm_config, "kv_events_config", None)
+        return SchedulerSide(
+            self.config,
+            block_size=model.block_size,
+            workers=model.world_size,
+            slots=min(pool.slots for pool in pools) if len(pools) == len(found) else 0,
+            row_bytes=sum(pool.row_bytes for pool in pools),
+            root=lambda epoch: namespace(self._vllm_config, model, self.config, pools, epoch).root(),
+            events=bool(events and events.enable_kv_cache_events),
+            skip_last=int(self._extra.get("skip_last_n_tokens", 0)),
+            stores=self._transfer_config.kv_role != "kv_consumer",
+        )
+
+    # -- scheduler side ----------------------------------------------------------------------------------------------
+
+    @guarded(lambda: None)
+    def bind_gpu_block_pool(self, pool: Any) -> None:
+        """vLLM's block pool exists now."""
+        self._pool = pool
+        assert self._scheduler is not None
+        self._scheduler.bind(pool)
+
+    @guarded(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that we can load beyond those that vLLM has; whether the request has to wait for them."""
+        assert self._scheduler is not None
+        return self._scheduler.match(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """vLLM allocated. A fault here must not leave promised blocks unloaded, so it is not simply a miss."""
+        side = self._scheduler
+        if side is None:
+            return
+        ids: list[int] = list(blocks.get_block_ids()[0])
+        try:
+            side.allocated(request, ids, num_external_tokens)
+        except Exception:
+            self._faulted("update_state_after_alloc")
+            if num_external_tokens > 0:
+                side.refuse(request.request_id, ids, side.waits(request))
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMeta:
+        """Orders for the step. Not guarded: without them promised blocks would be read unloaded."""
+        return self._scheduler.step(scheduler_output) if self._scheduler else StepMeta()
+
+    @guarded(lambda: None)
+    def update_connector_output(self, output: Any) -> None:
+        """What the workers reported."""
+        assert self._scheduler is not None
+        report = output.kv_connector_worker_meta
+        self._scheduler.update(report if isinstance(report, Report) else None, set(output.invalid_block_ids or ()))
+
+    @guarded(lambda: (False, None))
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; its blocks need not wait for us: those that we still read are pinned."""
+        assert self._scheduler is not None
+        self._scheduler.finished(request, block_ids)
+        return False, None
+
+    @guarded(list)
+    def take_events(self) -> list[Any]:
+        """KV events of our tiers."""
+        assert self._scheduler is not None
+        return self._scheduler.events()
+
+    @guarded(bool)
+    def has_pending_push_work(self) -> bool:
+        """Whether stores still hold blocks: their completion reaches us only through a step."""
+        assert self._scheduler is not None
+        return self._scheduler.busy()
+
+    @guarded(lambda: True)
+    def reset_cache(self) -> bool:
+        """Forget everything that was stored."""
+        assert self._scheduler is not None
+        return self._scheduler.reset()
+
+    def _faulted(self, hook: str) -> None:
+        self._faults += 1
+        logger.exception("fault %d in %s; the request goes on without the cache", self._faults, hook)
+        if self._scheduler is not None:
+            self._scheduler.recorder.count("num_faults")
+            if self._faults == _MAX_FAULTS:
+                logger.error("%d faults: the KV cache layer is switched off, the engine serves on", self._faults)
+                self._scheduler.switch_off()
+
+    # -- worker side -------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Where the KV pages lie. Refuses a layout that we don't know."""
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+
+    def bind(self, meta: StepMeta) -> None:
+        """A step begins."""
+        if self._worker is not None:
+            self._worker.bind(meta)
+
+    def start_load_kv(self, meta: StepMeta) -> None:
+        """The forward comes next, if this step has a load that it needs."""
+        if self._worker is not None:
+            self._worker.start_load(meta)
+
+    def wait_for_save(self) -> None:
+        """The forward was issued."""
+        if self._worker is not None:
+            self._worker.save()
+
+    def get_finished(self) -> set[str]:
+        """Requests whose loads ended."""
+        return self._worker.collect() if self._worker is not None else set()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks whose load failed."""
+        return self._worker.invalid() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> Report | None:
+        """Plans that ended."""
+        return self._worker.report() if self._worker is not None else None
+
+    def shutdown(self) -> None:
+        """The process is going down."""
+        if self._worker is not None:
+            self._worker.close()
+
+    # -- both --------------------------------------------------------------------------------------------------------
+
+    def take_metrics(self) -> dict[str, Any] | None:
+        """What is new in the metrics; scheduler side only."""
+        if self._scheduler is None:
+            return None
+        self._scheduler.measure()
+        return self._scheduler.recorder.take()
+
+
+def _show_our_logs() -> None:
+    """The core logs under `lmcache_ext`; give that name vLLM's handlers and level."""
+    ours, theirs = logging.getLogger("lmcache_ext"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False

@@ -1,0 +1,126 @@
+"""What we need to know of vLLM's configuration: geometry, namespace, and whether we can cache this model at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+
+from lmcache_ext.config import EngineConfig
+from lmcache_ext.errors import ConfigError
+from lmcache_ext.keys import Namespace
+from lmcache_ext.transfer.rendezvous import Berth
+
+# 0.26 and 0.27 keep one tensor per layer, 0.29 and later one for all; the bytes of a page are the same. Raise it when
+# the meaning of a page's bytes changes in a version that we support.
+KV_FORMAT = "packed-kv-1"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Geometry of the engine that we serve. Sizes are per rank."""
+
+    block_size: int  # tokens
+    num_blocks: int
+    world_size: int
+    tp_size: int
+    replicated: bool  # every TP rank of a PP stage holds the same bytes (MLA): one of them stores for all
+
+    @classmethod
+    def of(cls, config: VllmConfig, kv: KVCacheConfig) -> Model:
+        """Read it off vLLM's configuration; call `unsupported` first."""
+        parallel = config.parallel_config
+        specs = _specs(kv)
+        return cls(
+            block_size=int(kv.kv_cache_groups[0].kv_cache_spec.block_size),
+            num_blocks=int(kv.num_blocks),
+            world_size=int(parallel.world_size),
+            tp_size=int(parallel.tensor_parallel_size),
+            replicated=(
+                parallel.tensor_parallel_size > 1
+                and getattr(parallel, "nnodes", 1) == 1
+                and all(isinstance(spec, MLAAttentionSpec) for spec in specs)
+            ),
+        )
+
+    def writer(self, rank: int) -> int:
+        """The rank whose pool `rank` reads from: its own, or the first of its PP stage."""
+        return rank // self.tp_size * self.tp_size if self.replicated else rank
+
+    @property
+    def writers(self) -> list[int]:
+        """All ranks that have a pool."""
+        return [rank for rank in range(self.world_size) if self.writer(rank) == rank]
+
+    def blocks_per_chunk(self, config: EngineConfig) -> int:
+        """Raises ConfigError unless a chunk is a whole number of blocks."""
+        if config.chunk_size % self.block_size:
+            fits = max(1, config.chunk_size // self.block_size) * self.block_size
+            raise ConfigError(
+                "LMCACHE_CHUNK_SIZE",
+                config.chunk_size,
+                f"must be a multiple of the engine's block size of {self.block_size} tokens; {fits} would do",
+            )
+        return config.chunk_size // self.block_size
+
+
+def unsupported(config: VllmConfig, kv: KVCacheConfig) -> str:
+    """Why this model is served without caching; "" if it is cached."""
+    parallel = config.parallel_config
+    if len(kv.kv_cache_groups) != 1:
+        return f"its layers form {len(kv.kv_cache_groups)} KV cache groups (a hybrid model)"
+    for spec in _specs(kv):
+        if not isinstance(spec, FullAttentionSpec):
+            return f"it has {type(spec).__name__} layers"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}"
+    if getattr(config.model_config, "is_diffusion", False):
+        return "it is a diffusion model"
+    return ""
+
+
+def _specs(kv: KVCacheConfig) -> list[Any]:
+    spec = kv.kv_cache_groups[0].kv_cache_spec if kv.kv_cache_groups else None
+    inner = getattr(spec, "kv_cache_specs", None)
+    return list(inner.values()) if inner is not None else [spec]
+
+
+def namespace(config: VllmConfig, model: Model, engine: EngineConfig, pools: Sequence[Berth], epoch: int) -> Namespace:
+    """What this engine's chunks mean. `pools`: in the order of the ranks."""
+    mc, parallel = config.model_config, config.parallel_config
+    attention = getattr(config, "attention_config", None)
+    return Namespace(
+        model=str(mc.model),
+        revision=str(getattr(mc, "revision", None)),
+        weights=_weights(config),
+        dtype=str(mc.dtype),
+        kv_dtype=str(config.cache_config.cache_dtype),
+        layout="|".join(pool.layout for pool in pools),
+        backend=f"{_platform()}:{getattr(attention, 'backend', None)}",
+        page_geometry="|".join(str(pool.row_bytes) for pool in pools),
+        block_size=model.block_size,
+        chunk_size=engine.chunk_size,
+        parallel=f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}rep{int(model.replicated)}",
+        kv_format=KV_FORMAT,
+        epoch=epoch,
+    )
+
+
+def _weights(config: VllmConfig) -> str:
+    mc = config.model_config
+    hf = mc.hf_config.to_dict() if hasattr(mc.hf_config, "to_dict") else {}
+    spec = getattr(config, "speculative_config", None)
+    facts = {"hf": hf, "quantization": str(mc.quantization), "draft": str(getattr(spec, "model", None))}
+    return blake3(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _platform() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)

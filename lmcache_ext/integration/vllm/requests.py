@@ -1,0 +1,117 @@
+"""What the scheduler side remembers of one request."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from vllm.v1.request import Request
+
+from lmcache_ext.keys import Chain
+
+TAG_PREFIX = "lmcache.tag."
+SKIP_SAVE = "lmcache.skip_save"
+MAX_STORE_FAILURES = 3
+
+
+@dataclass
+class Match:
+    """What the last look-up found, valid while the directory's version and the request's length stay the same."""
+
+    version: int
+    num_tokens: int
+    local: int  # tokens that vLLM had itself
+    end: int  # tokens that can be had in all, a multiple of the block size
+    keys: list[bytes]  # of the chunks that cover [local, end)
+
+
+@dataclass
+class Tracker:
+    """One live request. `blocks` mirrors the worker's block table: index i holds tokens [i*bs, (i+1)*bs)."""
+
+    request: Request
+    chain: Chain
+    may_load: bool
+    may_store: bool
+    blocks: list[int] = field(default_factory=list)
+    match: Match | None = None
+    wants_async: bool = False  # what the last promise said
+    planned: int = 0  # chunks [0, planned) need no store any more
+    tail_planned: bool = False  # nor does the prompt's partial chunk
+    tail: tuple[bytes, int] | None = None  # key and end of the partial chunk that a fuller one will replace
+    store_failures: int = 0
+    done: bool = False  # nothing is left to store before the request ends
+    counted: bool = False  # its look-up is in the metrics
+
+    @property
+    def id(self) -> str:
+        """vLLM's internal request id."""
+        return str(self.request.request_id)
+
+    def store_failed(self) -> None:
+        """Try its chunks again on a later step, a few times."""
+        self.store_failures += 1
+        self.store_again()
+        if self.store_failures >= MAX_STORE_FAILURES:
+            self.may_store = False
+
+    def store_again(self) -> None:
+        """Go over all of its chunks once more: those that are there are passed by."""
+        self.planned, self.tail_planned, self.done = 0, False, False
+
+    def retire(self) -> None:
+        """No part in caching from now on."""
+        self.may_load = self.may_store = False
+        self.done = True
+
+
+def track(request: Request, root: bytes, chunk_size: int) -> Tracker:
+    """A tracker for a request that was just added; decides whether it takes part in caching at all."""
+    params = request.kv_transfer_params or {}
+    plain = (
+        request.prompt_token_ids is not None
+        and getattr(request, "prompt_embeds", None) is None
+        and not getattr(request, "resumable", False)
+    )
+    reads = plain and not request.skip_reading_prefix_cache and not params.get("do_remote_prefill")
+    chain = Chain(_request_root(request, params, root), chunk_size, lambda start, end: _media(request, start, end))
+    return Tracker(request, chain, may_load=reads, may_store=plain and not params.get(SKIP_SAVE))
+
+
+def _request_root(request: Request, params: dict[str, Any], root: bytes) -> bytes:
+    """The chain's root: the engine's, or one of its own for a salt, a LoRA adapter or tags."""
+    facts: dict[str, Any] = {}
+    if request.cache_salt:
+        facts["salt"] = request.cache_salt
+    if request.lora_request is not None:
+        facts["lora"] = _adapter(request.lora_request)
+    tags = {key: str(value) for key, value in params.items() if key.startswith(TAG_PREFIX)}
+    if tags:
+        facts["tags"] = tags
+    return blake3(root + json.dumps(facts, sort_keys=True).encode()).digest() if facts else root
+
+
+def _adapter(lora: Any) -> list[str]:
+    """Name, path and the age of its files: an adapter replaced in place is another adapter."""
+    stamps = []
+    folder = Path(lora.lora_path)
+    for path in sorted(folder.glob("adapter_*")) if folder.is_dir() else []:
+        stat = os.stat(path)
+        stamps.append(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
+    return [str(lora.lora_name), str(lora.lora_path), *stamps]
+
+
+def _media(request: Request, start: int, end: int) -> bytes:
+    """Which images or sounds lie in [start, end), and where: their placeholder tokens are all alike."""
+    if not request.mm_features:
+        return b""
+    parts = []
+    for feature in request.mm_features:
+        offset, length = feature.mm_position.offset, feature.mm_position.length
+        if offset < end and offset + length > start:
+            parts.append([str(feature.modality), str(feature.identifier), offset - start, length])
+    return json.dumps(parts).encode() if parts else b""

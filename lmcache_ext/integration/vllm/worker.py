@@ -1,0 +1,196 @@
+"""The worker half: maps the pool, runs the plans that each step brings, and reports what became of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from lmcache_ext.errors import LMCacheError
+from lmcache_ext.integration.vllm.metadata import Report, StepMeta
+from lmcache_ext.integration.vllm.model import Model
+from lmcache_ext.transfer import HostPool, PageTable, Transfer, open_transfer, rendezvous
+from lmcache_ext.transfer.base import Plan, Result, Way
+from lmcache_ext.transfer.pool import Shape
+from lmcache_ext.transfer.rendezvous import Berth
+
+logger = init_logger("vllm.lmcache_ext.worker")
+
+_FIND_SECONDS = 120.0  # for the rank that stores for this one to publish its pool
+_CLOSE_SECONDS = 5.0
+
+
+class WorkerSide:
+    """One rank's data plane.
+
+    Args:
+        engine_id: shared by all ranks and the scheduler of one engine.
+        rank: of this worker in its engine, 0 to world size - 1.
+        pool_bytes: of this rank's pool.
+        setting: what to name when the pool can't be had.
+    """
+
+    def __init__(
+        self, engine_id: str, model: Model, rank: int, blocks_per_chunk: int, pool_bytes: int, load_timeout: float,
+        setting: str,
+    ) -> None:  # fmt: skip
+        self._engine_id = engine_id
+        self._model = model
+        self._rank = rank
+        self._bpc = blocks_per_chunk
+        self._pool_bytes = pool_bytes
+        self._load_timeout = load_timeout
+        self._setting = setting
+        self._pool: HostPool | None = None
+        self._transfer: Transfer | None = None
+        self._stores: list[Plan] = []  # of the bound step, until its forward has run
+        self._waiting: dict[int, str] = {}  # async loads under way → the request that waits
+        self._blocks: dict[int, list[int]] = {}  # loads under way → their targets
+        self._received: set[str] = set()
+        self._invalid: set[int] = set()
+        self._report = Report()
+        self._forward = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has a pool of its own."""
+        return self._model.writer(self._rank) == self._rank
+
+    def register(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Learn where the KV pages lie, map the pool and say so.
+
+        Raises:
+            LayoutError: we don't know this layout.
+            ConfigError: the pool does not fit.
+        """
+        pages = PageTable.of(tensors, self._model.num_blocks)
+        shape = Shape.fit(self._pool_bytes, self._bpc, pages.row_bytes, self._setting)
+        self._pool = self._create(shape) if self.writes else self._attach(shape)
+        self._transfer = open_transfer(pages, self._pool, self._load_timeout)
+        if self.writes:
+            berth = Berth(
+                self._rank, os.getpid(), self._pool.path, shape.slots, self._bpc, pages.row_bytes, pages.layout
+            )
+            rendezvous.publish(self._engine_id, berth)
+        logger.info(
+            "rank %d: host pool of %.2f GB, %d chunks of %d bytes; KV layout %s",
+            self._rank,
+            shape.nbytes / (1 << 30),
+            shape.slots,
+            shape.slot_bytes,
+            pages.layout,
+        )
+
+    def _create(self, shape: Shape) -> HostPool:
+        try:
+            return HostPool.create(shape, f"lmcache_ext-{self._rank}")
+        except OSError as error:
+            raise LMCacheError(
+                f"no host pool of {shape.nbytes / (1 << 30):.2f} GB ({self._setting}): {error.strerror}"
+            ) from None
+
+    def _attach(self, shape: Shape) -> HostPool:
+        writer = self._model.writer(self._rank)
+        berth = rendezvous.find(self._engine_id, writer, _FIND_SECONDS)
+        if berth is None:
+            raise LMCacheError(f"rank {writer} did not publish its pool within {_FIND_SECONDS} s")
+        if berth.row_bytes != shape.row_bytes:
+            raise LMCacheError(f"rank {writer} has rows of {berth.row_bytes} bytes, rank {self._rank} {shape.row_bytes}")
+        return HostPool.attach(berth.path, berth.shape)
+
+    # -- one step, in vLLM's order -----------------------------------------------------------------------------------
+
+    def bind(self, meta: StepMeta) -> None:
+        """A step begins: start its loads at once, ordered after the work that the engine issued before."""
+        self._forward = meta.forward
+        self._stores = meta.stores
+        self._invalid.update(meta.invalid)
+        self._received.update(meta.arrived)
+        if self._transfer is None:
+            self._refuse(meta)
+            return
+        if meta.cancel:
+            self._transfer.cancel(meta.cancel)
+        if meta.loads:
+            self._waiting.update(meta.waiting)
+            self._blocks.update((plan.id, plan.blocks.tolist()) for plan in meta.loads)
+            self._transfer.submit(meta.loads, self._transfer.fence())
+
+    def start_load(self, meta: StepMeta) -> None:
+        """The forward comes next: let it see the loads that it needs."""
+        if meta.now and self._transfer is not None:
+            self._transfer.join(meta.now)
+
+    def save(self) -> None:
+        """The forward has been issued: start this step's stores behind it."""
+        stores, self._stores = self._stores, []
+        if not stores or self._transfer is None:
+            return
+        if self.writes:
+            self._transfer.submit(stores, self._transfer.fence())
+        else:
+            for plan in stores:
+                self._report.add(Result(plan.id, Way.STORE, True, 0, 0.0))
+
+    def collect(self) -> set[str]:
+        """Requests whose loads ended, well or not, since the last call."""
+        if not self._forward:
+            self.save()  # up to 0.30 vLLM does not ask for it on a step without a forward
+        for result in self._transfer.poll() if self._transfer else ():
+            self._take(result)
+        received, self._received = self._received, set()
+        return received
+
+    def _take(self, result: Result) -> None:
+        self._report.add(result)
+        if result.way is Way.LOAD:
+            targets = self._blocks.pop(result.id)
+            if not result.ok:
+                logger.error("load %d failed (%s); its tokens are computed instead", result.id, result.error)
+                self._invalid.update(targets)
+            if (request_id := self._waiting.pop(result.id, None)) is not None:
+                self._received.add(request_id)
+        elif not result.ok:
+            logger.warning("store %d failed: %s", result.id, result.error)
+
+    def _refuse(self, meta: StepMeta) -> None:
+        """No data plane: every plan fails at once."""
+        for plan in meta.loads:
+            self._invalid.update(plan.blocks.tolist())
+        self._received.update(meta.waiting.values())
+        for plan in [*meta.loads, *meta.stores]:
+            self._report.add(Result(plan.id, plan.way, False, 0, 0.0, "no data plane"))
+        self._stores = []
+
+    def invalid(self) -> set[int]:
+        """Blocks whose load failed since the last call."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def report(self) -> Report | None:
+        """Plans that ended since the last call; None if none did."""
+        report, self._report = self._report, Report()
+        return report if report.done else None
+
+    def close(self) -> None:
+        """The worker is going down."""
+        if self._transfer is not None:
+            self._transfer.close(_CLOSE_SECONDS)
+            self._transfer = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def rank_of(config: Any) -> int:
+    """This worker's rank within its engine."""
+    parallel = config.parallel_config
+    try:
+        from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+        return int(get_pp_group().rank_in_group * parallel.tensor_parallel_size + get_tensor_model_parallel_rank())
+    except AssertionError:  # no process groups: one process drives the connector by hand
+        return int(parallel.rank)

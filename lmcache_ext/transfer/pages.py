@@ -1,0 +1,105 @@
+"""Where the engine's KV pages lie: for each layer a base address, the distance of two blocks, the size of a page.
+
+A page is one block of one layer. We treat its bytes as opaque (CPU attention packs keys and values in an order of its
+own); all that counts is that a page is one dense run of bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lmcache_ext.errors import LayoutError
+from lmcache_ext.transfer.base import Blocks
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """KV memory of one worker. `keep` holds the tensors, so that the addresses stay valid."""
+
+    device: str  # "cpu" or "cuda"
+    num_blocks: int
+    base: Blocks  # [layers] address of block 0
+    stride: Blocks  # [layers] bytes from one block to the next
+    size: Blocks  # [layers] bytes of a page
+    layout: str  # what must be equal for pages to be interchangeable
+    keep: tuple[torch.Tensor, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one block of all layers: a row of the pool."""
+        return int(self.size.sum())
+
+    @property
+    def offset(self) -> Blocks:
+        """[layers] where a layer's page begins within a row."""
+        return np.concatenate(([0], np.cumsum(self.size)[:-1])).astype(np.int64)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], num_blocks: int) -> PageTable:
+        """Read the layout off the tensors that the engine registered, in the order of their layers.
+
+        Args:
+            tensors: layer name → KV tensor, [num_blocks x r, ...] with r kernel blocks to each of the engine's blocks.
+                Layers that share another's memory count once.
+            num_blocks: the engine's number of blocks.
+
+        Raises:
+            LayoutError: a page is not one dense run of bytes, or the layers lie on different devices.
+        """
+        unique: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            unique.setdefault(tensor.data_ptr(), (name, tensor))
+        if not unique:
+            raise LayoutError("the engine registered no KV cache tensors")
+        kept = tuple(tensor for _, tensor in unique.values())
+        devices = {t.device.type for t in kept}
+        if len(devices) > 1:
+            raise LayoutError(f"KV cache tensors lie on several devices: {sorted(devices)}")
+        pages = [_page(name, tensor, num_blocks) for name, tensor in unique.values()]
+        return cls(
+            device=devices.pop(),
+            num_blocks=num_blocks,
+            base=np.array([t.data_ptr() for t in kept], dtype=np.int64),
+            stride=np.array([stride for stride, _ in pages], dtype=np.int64),
+            size=np.array([size for _, size in pages], dtype=np.int64),
+            layout=_layout_id(kept, pages),
+            keep=kept,
+        )
+
+
+def _page(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[int, int]:
+    """(bytes from block to block, bytes of a page) of one layer."""
+    shape, strides, item = tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    where = f"layer {name}: shape {shape}, strides {strides}, dtype {tensor.dtype}, {num_blocks} blocks"
+    if len(shape) < 2 or num_blocks < 1 or shape[0] % num_blocks:
+        raise LayoutError(f"unknown KV layout, the first dimension does not count blocks ({where})")
+    ratio = shape[0] // num_blocks
+    inner = math.prod(shape[1:])
+    reach = 1 + sum((n - 1) * s for n, s in zip(shape[1:], strides[1:], strict=True))
+    if reach != inner or any(s <= 0 for s in strides):
+        raise LayoutError(f"unknown KV layout, a block of a layer is not one dense run of bytes ({where})")
+    if ratio > 1 and strides[0] != inner:
+        raise LayoutError(f"unknown KV layout, kernel blocks of one block are not adjacent ({where})")
+    if strides[0] < inner:
+        raise LayoutError(f"unknown KV layout, blocks overlap ({where})")
+    return strides[0] * ratio * item, inner * ratio * item
+
+
+def _layout_id(tensors: tuple[torch.Tensor, ...], pages: list[tuple[int, int]]) -> str:
+    """Inner shape and order of strides, dtype and page size of every layer, run-length encoded."""
+    each = []
+    for tensor, (_, size) in zip(tensors, pages, strict=True):
+        order = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), d))  # noqa: B023 - used at once
+        each.append(f"{tuple(tensor.shape[1:])}/{order}/{tensor.dtype}/{size}")
+    runs: list[list[object]] = []
+    for one in each:
+        if runs and runs[-1][0] == one:
+            runs[-1][1] = int(str(runs[-1][1])) + 1
+        else:
+            runs.append([one, 1])
+    return ";".join(f"{count}x{one}" for one, count in runs)
