@@ -1,0 +1,251 @@
+"""Request handlers: one for each role. Dynamo calls ``generate(request, context)`` and streams what it yields."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynamo.health_check import HEALTH_CHECK_KEY
+from vllm.inputs.engine import TokensInput
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from dynamo_lmcache.vllm.errors import as_http_errors
+from dynamo_lmcache.vllm.lora import Adapters
+from dynamo_lmcache.vllm.outputs import Chunk, ChunkBuilder
+from dynamo_lmcache.vllm.sampling import build_prompt, build_sampling, set_transfer_params
+from dynamo_lmcache.vllm.shutdown import InFlight
+
+logger = logging.getLogger(__name__)
+
+Request = dict[str, Any]
+
+# The router's word that a decode worker shall prefill by itself: nothing is being pulled then.
+BYPASS_REMOTE_PREFILL = "x-bypass-remote-prefill"
+
+# An abort waits for the first token on decode. NIXL gives a pull up after its lease of 30 s; past
+# twice that the request is let run to its own end rather than risk the engine.
+_ABORT_DEFERRAL_S = 60.0
+
+
+@dataclass
+class Services:
+    """What every handler of a worker shares."""
+
+    engine: AsyncLLM
+    adapters: Adapters
+    sampling_defaults: Mapping[str, Any]
+    max_model_len: int
+    first_dp_rank: int
+    dp_ranks: int
+    on_engine_dead: Callable[[str], None]
+    in_flight: InFlight = field(default_factory=InFlight)
+    first_token_source: Any = None
+
+    def local_dp_rank(self, routing: Mapping[str, Any]) -> int | None:
+        """Return the rank within this worker that the router asks for, or None for any."""
+        rank = routing.get("dp_rank")
+        if rank is None:
+            return None
+        local = int(rank) - self.first_dp_rank
+        if 0 <= local < self.dp_ranks:
+            return local
+        logger.warning("data-parallel rank %s is not one of this worker's; any of its ranks will do", rank)
+        return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, ready for the engine."""
+
+    id: str
+    prompt: TokensInput
+    params: SamplingParams
+    lora: LoRARequest | None
+    priority: int
+    dp_rank: int | None
+
+
+class AggregatedHandler:
+    """Prefill and decode on this worker."""
+
+    # Whether an abort before the first token would cut a KV transfer that the engine is pulling.
+    pulls_kv = False
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._engine = services.engine
+
+    async def generate(self, request: Request, context: Any) -> AsyncGenerator[Chunk, None]:
+        """Stream the answer to one request. Dynamo finds the second parameter by its name.
+
+        Raises:
+            HttpError: for a request that cannot be served as it is, with the client's status.
+        """
+        async for chunk in as_http_errors(self._guarded(request, context)):
+            yield chunk
+
+    async def clear_kv_blocks(self, request: Any = None) -> AsyncGenerator[Chunk, None]:
+        """Forget vLLM's prefix cache, and with ``{"reset_connector": true}`` what the connector holds, too."""
+        connector = isinstance(request, dict) and bool(request.get("reset_connector"))
+        try:
+            done = await self._engine.reset_prefix_cache(reset_connector=connector)
+        except EngineDeadError as error:
+            self._services.on_engine_dead(str(error))
+            raise
+        if done:
+            yield {"status": "success", "message": "KV cache cleared"}
+        else:
+            yield {"status": "error", "message": "blocks are in use: nothing was cleared; try again when idle"}
+
+    def prepare(self, request: Request, request_id: str) -> Job:
+        """Check a request and translate it for the engine."""
+        params = self._sampling(request)
+        routing = request.get("routing") or {}
+        return Job(
+            id=request_id,
+            prompt=build_prompt(request),
+            params=params,
+            lora=self._services.adapters.resolve(request.get("model")),
+            # Dynamo: higher is sooner. vLLM: lower is sooner.
+            priority=-int(routing.get("priority") or 0),
+            dp_rank=self._services.local_dp_rank(routing),
+        )
+
+    def _sampling(self, request: Request) -> SamplingParams:
+        services = self._services
+        params = build_sampling(request, services.sampling_defaults, max_model_len=services.max_model_len)
+        transfer = transfer_params(request)
+        if transfer is not None:
+            set_transfer_params(params, transfer)
+        return params
+
+    async def _guarded(self, request: Request, context: Any) -> AsyncIterator[Chunk]:
+        with self._services.in_flight.track():
+            try:
+                async for chunk in self._serve(request, context):
+                    yield chunk
+            except EngineDeadError as error:
+                self._services.on_engine_dead(str(error))
+                raise
+
+    async def _serve(self, request: Request, context: Any) -> AsyncIterator[Chunk]:
+        job = self.prepare(request, context.id())
+        source = self._services.first_token_source
+        if source is not None:
+            source.bind(context, (request.get("routing") or {}).get("dp_rank"))
+        builder = ChunkBuilder(self._decode, cached_tokens=cached_by_prefill(request))
+        first_token = asyncio.Event()
+        if not self._defers_abort(request):
+            first_token.set()
+        async with self._services.adapters.using(job.lora), self._abort_when_stopped(context, job.id, first_token):
+            notified = False
+            async for output in self._outputs(job, context):
+                first_token.set()
+                for chunk in builder.chunks(output):
+                    if not notified and chunk["token_ids"]:
+                        notified = True
+                        context.notify_first_token()
+                    yield chunk
+
+    def _defers_abort(self, request: Request) -> bool:
+        return self.pulls_kv and BYPASS_REMOTE_PREFILL not in (request.get("annotations") or ())
+
+    def _outputs(self, job: Job, context: Any) -> AsyncIterator[Any]:
+        outputs: AsyncIterator[Any] = self._engine.generate(
+            job.prompt,
+            job.params,
+            job.id,
+            lora_request=job.lora,
+            priority=job.priority,
+            data_parallel_rank=job.dp_rank,
+            trace_headers=context.trace_headers(),
+        )
+        return outputs
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._engine.get_tokenizer().decode(token_ids))
+
+    @contextlib.asynccontextmanager
+    async def _abort_when_stopped(self, context: Any, request_id: str, allowed: asyncio.Event) -> AsyncIterator[None]:
+        """Abort the engine's request when the client goes away, but not before ``allowed``."""
+        task = asyncio.create_task(self._abort(context, request_id, allowed))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _abort(self, context: Any, request_id: str, allowed: asyncio.Event) -> None:
+        # Lives no longer than the request: the context manager above cancels it.
+        await asyncio.ensure_future(context.async_killed_or_stopped())
+        try:
+            await asyncio.wait_for(allowed.wait(), timeout=_ABORT_DEFERRAL_S)
+        except asyncio.TimeoutError:
+            logger.warning("request %s has pulled KV for %.0f s: not aborted", request_id, _ABORT_DEFERRAL_S)
+            return
+        logger.debug("aborting request %s: its client is gone", request_id)
+        # The request ends with this abort, which cancels this task: let the abort finish.
+        await asyncio.shield(self._engine.abort(request_id))
+
+
+class DecodeHandler(AggregatedHandler):
+    """Decode on this worker what a prefill worker computed: NIXL pulls the KV before the first token."""
+
+    pulls_kv = True
+
+
+class PrefillHandler(AggregatedHandler):
+    """Prefill only: one token, and where a decode worker finds the KV."""
+
+    def _sampling(self, request: Request) -> SamplingParams:
+        services = self._services
+        params = build_sampling(
+            request, services.sampling_defaults, max_model_len=services.max_model_len, single_token=True
+        )
+        if not request.get(HEALTH_CHECK_KEY):  # nobody would come for a probe's KV
+            set_transfer_params(params, remote_decode_params())
+        return params
+
+    async def _serve(self, request: Request, context: Any) -> AsyncIterator[Chunk]:
+        job = self.prepare(request, context.id())
+        allowed = asyncio.Event()
+        allowed.set()
+        builder = ChunkBuilder()
+        async with self._services.adapters.using(job.lora), self._abort_when_stopped(context, job.id, allowed):
+            async for output in self._outputs(job, context):
+                for chunk in builder.chunks(output):
+                    if output.kv_transfer_params is not None:
+                        chunk["disaggregated_params"] = {"kv_transfer_params": output.kv_transfer_params}
+                    # The frontend takes the first chunk for the whole answer; "length" would end the request there.
+                    chunk.pop("finish_reason", None)
+                    yield chunk
+
+
+def remote_decode_params() -> dict[str, Any]:
+    """Return NIXL's request to keep a prompt's KV for a decode worker."""
+    remote = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+    return {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(remote)}
+
+
+def transfer_params(request: Request) -> dict[str, Any] | None:
+    """Return what the prefill worker told about a request's KV, if there was one."""
+    result = request.get("prefill_result")
+    params = (result.get("disaggregated_params") or {}) if isinstance(result, dict) else {}
+    transfer = params.get("kv_transfer_params")
+    return dict(transfer) if transfer is not None else None
+
+
+def cached_by_prefill(request: Request) -> int | None:
+    """Return the prefill worker's count of cached tokens: the decode worker's would count what was pulled."""
+    result = request.get("prefill_result")
+    details = result.get("prompt_tokens_details") if isinstance(result, dict) else None
+    count = details.get("cached_tokens") if isinstance(details, dict) else None
+    return None if count is None else int(count)

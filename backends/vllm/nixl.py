@@ -1,0 +1,71 @@
+"""Let NIXL's progress thread sleep. A vLLM general plugin, loaded in every vLLM process.
+
+NIXL's Python API fixes the thread's delay at 0, so each agent polls one core at 100 % for as long
+as it lives. On a machine with few cores that starves the engine and, worse, Dynamo's discovery
+heartbeat: the worker vanishes from the model list. With a delay of 1000 microseconds an idle agent
+costs about 3 % of a core, and a transfer at most that much more latency.
+
+``LMCACHE_NIXL_SLEEP_US`` sets the delay; without it nothing is changed. The worker sets it
+to 1000 on the CPU platform.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import entry_points
+from typing import Any
+
+from dynamo_lmcache.vllm.settings import SettingError
+
+logger = logging.getLogger(__name__)
+
+SLEEP_VARIABLE = "LMCACHE_NIXL_SLEEP_US"
+PLUGIN_NAME = "dynamo_lmcache_nixl"
+_PATCHED = "_dynamo_lmcache_sleep_us"
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``. Idempotent; does nothing unless the variable is set.
+
+    Raises:
+        SettingError: if the variable is not a positive whole number. vLLM logs it and goes on.
+    """
+    text = os.environ.get(SLEEP_VARIABLE, "").strip()
+    if not text:
+        return
+    if not text.isdecimal() or int(text) == 0:
+        raise SettingError(f"{SLEEP_VARIABLE}={text!r} must be a positive number of microseconds, such as 1000")
+    try:
+        import nixl._api as api
+    except ImportError:
+        logger.debug("nixl is not installed: no progress thread to slow down")
+        return
+    _patch(api.nixlBind, int(text))
+
+
+def plugin_installed() -> bool:
+    """Tell whether vLLM will find this plugin: it finds installed entry points only."""
+    return any(entry.name == PLUGIN_NAME for entry in entry_points(group="vllm.general_plugins"))
+
+
+def _patch(bindings: Any, delay_us: int) -> None:
+    if getattr(bindings, _PATCHED, None) is not None:
+        return
+    original: Any = bindings.nixlAgentConfig
+
+    class SleepyAgentConfig(original):  # type: ignore[misc,unused-ignore]
+        """The agent's configuration, with the one assignment we disagree with turned around."""
+
+        @property
+        def pthrDelay(self) -> int:
+            """Microseconds between two polls of the progress thread."""
+            return int(original.pthrDelay.__get__(self))
+
+        @pthrDelay.setter
+        def pthrDelay(self, value: int) -> None:
+            original.pthrDelay.__set__(self, value or delay_us)
+
+    bindings.nixlAgentConfig = SleepyAgentConfig
+    setattr(bindings, _PATCHED, delay_us)
+    logger.info("NIXL's progress thread sleeps %d us between polls", delay_us)

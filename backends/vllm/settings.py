@@ -1,0 +1,124 @@
+"""Environment defaults that the worker and the frontend must agree on.
+
+Nothing here overrides a variable that is set. Imports stay in the standard library: the frontend
+imports this module and must not pay for vLLM.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import MutableMapping
+
+Environment = MutableMapping[str, str]
+
+_ON = frozenset({"1", "true", "yes", "on"})
+_OFF = frozenset({"0", "false", "no", "off"})
+
+# One machine: everything that listens or connects stays on loopback. DYN_TCP_RESPONSE_STREAM_HOST
+# takes the name of an interface, not an address.
+_LOOPBACK = {
+    "DYN_TCP_RPC_HOST": "127.0.0.1",
+    "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
+    "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+    "DYN_SYSTEM_HOST": "127.0.0.1",
+}
+_WORKER_LOOPBACK = {
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+}
+_SINGLE_MACHINE_BACKENDS = frozenset({"file", "mem"})
+_DISTRIBUTED_PLANES = {"DYN_REQUEST_PLANE": "nats", "DYN_EVENT_PLANE": "nats"}
+
+
+class SettingError(ValueError):
+    """A setting has a value that cannot be used; the message names both and says what would do."""
+
+
+def parse_switch(name: str, value: str | None, default: bool) -> bool:
+    """Read an on/off variable.
+
+    Args:
+        name: the variable's name, for the message.
+        value: its text, or None when it is not set. An empty text counts as not set.
+        default: the answer when it is not set.
+
+    Raises:
+        SettingError: if the text is neither on nor off.
+    """
+    text = (value or "").strip().lower()
+    if not text:
+        return default
+    if text in _ON:
+        return True
+    if text in _OFF:
+        return False
+    raise SettingError(f"{name}={value!r} is neither on nor off: use one of 1/true/yes/on or 0/false/no/off")
+
+
+def apply_discovery_defaults(env: Environment, *, backend: str | None = None) -> None:
+    """Choose discovery and planes, in place.
+
+    Files on one machine with TCP requests when nothing is said. ``etcd`` brings NATS for requests
+    and events, because Dynamo alone would leave requests on TCP and events on ZMQ.
+
+    Args:
+        env: the environment to complete.
+        backend: ``--discovery-backend`` when given on the command line; it wins over the variable.
+    """
+    chosen = backend or env.get("DYN_DISCOVERY_BACKEND") or "file"
+    env["DYN_DISCOVERY_BACKEND"] = chosen
+    if chosen == "etcd":
+        _fill(env, _DISTRIBUTED_PLANES)
+    if chosen in _SINGLE_MACHINE_BACKENDS:
+        _fill(env, _LOOPBACK)
+
+
+def apply_worker_defaults(env: Environment, *, backend: str | None = None) -> None:
+    """Complete the environment of a worker and of the vLLM processes that it spawns, in place."""
+    apply_discovery_defaults(env, backend=backend)
+    if env["DYN_DISCOVERY_BACKEND"] in _SINGLE_MACHINE_BACKENDS:
+        _fill(env, _WORKER_LOOPBACK)
+    # vLLM forks by default; after the Rust runtime has started threads a fork would deadlock.
+    _fill(env, {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1"})
+    # Without the canary /health says ready for as long as the endpoint is registered.
+    _fill(env, {"DYN_HEALTH_CHECK_ENABLED": "true"})
+
+
+def apply_nixl_defaults(env: Environment, *, on_cpu: bool) -> None:
+    """Complete the environment of a worker whose connectors include NIXL, in place.
+
+    A free side-channel port, so that two workers share a machine, and on the CPU platform a
+    progress thread that sleeps (see ``nixl``) and transfers that stay on loopback if vLLM does.
+    """
+    if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in env:
+        env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+    if on_cpu:
+        _fill(env, {"LMCACHE_NIXL_SLEEP_US": "1000"})
+        if env.get("VLLM_NIXL_SIDE_CHANNEL_HOST") == "127.0.0.1":
+            _fill(env, {"UCX_NET_DEVICES": "lo"})
+
+
+def free_port() -> int:
+    """Return a TCP port that was free on loopback a moment ago."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def backend_from_argv(argv: list[str]) -> str | None:
+    """Return the value of ``--discovery-backend`` in ``argv``, or None.
+
+    It is needed before the parsers exist, because they take their defaults from the environment.
+    """
+    for index, word in enumerate(argv):
+        if word == "--discovery-backend" and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith("--discovery-backend="):
+            return word.partition("=")[2]
+    return None
+
+
+def _fill(env: Environment, defaults: dict[str, str]) -> None:
+    for name, value in defaults.items():
+        env.setdefault(name, value)
