@@ -41,7 +41,8 @@ def closure(start: list[Requirement]) -> set[str]:
 
 
 def write(name: str, packages: set[str]) -> None:
-    head = f"# Made by `make lock` from {Path(name).stem}.in for Python 3.11 on Linux x86_64; installed with --no-deps.\n"
+    source = Path(name).with_suffix(".in")
+    head = f"# Made by `make lock` from {source} for Python 3.11 on Linux x86_64; installed with --no-deps.\n"
     pins = sorted(f"{package}=={metadata.version(package)}\n" for package in packages)
     (HERE / name).write_text(head + "".join(pins))
     print(f"{name}: {len(pins)} packages")

@@ -23,7 +23,7 @@ def check_ports(env: Mapping[str, str]) -> Iterator[Finding]:
     for variable, default in PORTS.items():
         value = env.get(variable) or default
         if value in taken:
-            yield fail("port", f"{variable}={value} is {taken[value]}'s port already", f"set {variable} to another port")
+            yield fail("port", f"{variable}={value}: {taken[value]} has that port", f"set {variable} to another one")
             continue
         taken[value] = variable
         yield _port(variable, value, hosts[variable])

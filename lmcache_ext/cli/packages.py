@@ -47,12 +47,15 @@ def check_packages(env: Mapping[str, str]) -> Iterator[Finding]:
 
 def installed(names: tuple[str, ...]) -> tuple[str, str] | None:
     """Name and version of the first of `names` that is installed."""
-    for name in names:
-        try:
-            return name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    versions = ((name, _version(name)) for name in names)
+    return next(((name, version) for name, version in versions if version), None)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _check(package: Package) -> Finding:
