@@ -40,5 +40,5 @@ KNOWN_UPSTREAM = frozenset(
     hit_miss_ratio enable_lazy_memory_allocator enable_chunk_statistics enable_hidden_state_cache remote_config_url
     storage_plugins runtime_plugin_locations run_script_api_enabled script_allowed_imports extra_config
     pre_caching_hash_algorithm reserve_local_cpu_size local_cpu_use_hugepages numa_mode
-    """.split()
+    """.split()  # noqa: SIM905 - a table of words
 )

@@ -4,8 +4,9 @@ One object, one thread, never blocks. Every change is bracketed: `prepare_store`
 takes back; nothing is visible before its bytes are complete. A lease keeps a chunk where it is; the writer of a
 reserved chunk holds one too. A slot returns to the free list only when nobody can read or write it any more.
 
-    absent ──prepare_store──▶ RESERVED ──complete_store(True)──▶ READY ──drop, eviction──▶ (LEAVING while leased) ──▶ absent
-                                 └────────complete_store(False)────────────────────────────────────────────────────▶ absent
+    absent ──prepare_store──▶ RESERVED ──complete_store(True)──▶ READY ──drop, eviction──▶ LEAVING (while leased)
+                              RESERVED ──complete_store(False), or abandoned ────────────▶ LEAVING (while leased)
+                                                                                           LEAVING ──last lease─▶ absent
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def compile_copy() -> Copy:
     memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     memcpy.restype = ctypes.c_void_p
 
-    @njit("void(int64[::1], int64[::1], int64[::1])", nogil=True)  # type: ignore[untyped-decorator]
+    @njit("void(int64[::1], int64[::1], int64[::1])", nogil=True)
     def copy(target: Blocks, source: Blocks, size: Blocks) -> None:
         for i in range(target.shape[0]):
             memcpy(target[i], source[i], size[i])
@@ -125,12 +125,7 @@ class CpuTransfer(Transfer):
                 raise TimeoutError(f"load {plan_id} did not end within {self._load_timeout + _JOIN_MARGIN} s")
 
     def poll(self) -> list[Result]:
-        results = []
-        while True:
-            try:
-                results.append(self._results.get_nowait())
-            except queue.Empty:
-                return results
+        return [self._results.get_nowait() for _ in range(self._results.qsize())]  # we are the only taker
 
     def cancel(self, ids: Collection[int]) -> None:
         with self._lock:

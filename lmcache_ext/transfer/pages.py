@@ -94,7 +94,7 @@ def _layout_id(tensors: tuple[torch.Tensor, ...], pages: list[tuple[int, int]]) 
     """Inner shape and order of strides, dtype and page size of every layer, run-length encoded."""
     each = []
     for tensor, (_, size) in zip(tensors, pages, strict=True):
-        order = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), d))  # noqa: B023 - used at once
+        order = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), d))
         each.append(f"{tuple(tensor.shape[1:])}/{order}/{tensor.dtype}/{size}")
     runs: list[list[object]] = []
     for one in each:

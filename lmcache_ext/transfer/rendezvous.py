@@ -60,20 +60,19 @@ def publish(engine_id: str, berth: Berth) -> Path:
     path = _path(engine_id, berth.rank)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(asdict(berth)))
-    os.replace(partial, path)
+    partial.replace(path)
     return path
 
 
 def find(engine_id: str, rank: int, timeout: float) -> Berth | None:
     """Rank `rank`'s pool, or None if it was not published within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    path, deadline = _path(engine_id, rank), time.monotonic() + timeout
     while True:
-        try:
-            return Berth(**json.loads(_path(engine_id, rank).read_text()))
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(_POLL_SECONDS)
+        if path.exists():
+            return Berth(**json.loads(path.read_text()))
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_POLL_SECONDS)
 
 
 def retract(engine_id: str, ranks: int) -> None:

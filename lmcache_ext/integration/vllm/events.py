@@ -33,12 +33,12 @@ def announcement(request: Request, first: int, last: int, block_size: int) -> An
 def announce(event: Event) -> Any:
     """A vLLM BlockStored or BlockRemoved."""
     what = event.what
-    hashes = [maybe_convert_block_hash(h) for h in what.block_hashes]  # type: ignore[arg-type]
+    hashes = [maybe_convert_block_hash(h) for h in what.block_hashes]
     if not event.stored:
         return BlockRemoved(block_hashes=hashes, medium=event.tier.value)
     fields: dict[str, Any] = {
         "block_hashes": hashes,
-        "parent_block_hash": maybe_convert_block_hash(what.parent_hash) if what.parent_hash else None,  # type: ignore[arg-type]
+        "parent_block_hash": maybe_convert_block_hash(what.parent_hash) if what.parent_hash else None,
         "token_ids": list(what.token_ids),
         "block_size": what.block_size,
         "lora_id": what.lora_id,

@@ -15,6 +15,8 @@ from lmcache_ext.engine import Chunk, Directory
 from lmcache_ext.integration.vllm.metadata import Report, Tally
 from lmcache_ext.transfer.base import Plan, Way
 
+_OUTPUTS_UNTIL_SENT = 2  # vLLM schedules one step ahead of the output that it handles
+
 
 @dataclass
 class Flight:
@@ -26,6 +28,7 @@ class Flight:
     tokens: int
     pinned: list[Any] = field(default_factory=list)  # vLLM's KVCacheBlock, stores only
     replaces: list[bytes] = field(default_factory=list)  # partial chunks that a fuller one makes superfluous
+    outputs: int = 0  # of the engine's steps, seen since it was sent
     deadline: float = float("inf")
     doomed: bool = False  # its bytes must never be seen
     tally: Tally = field(default_factory=Tally)
@@ -52,7 +55,7 @@ class Pins:
         if self._pool is None:
             return False
         bound = max(self._fraction * self._pool.num_gpu_blocks, self._pool.get_num_free_blocks() / 2)
-        return self.count + blocks <= bound
+        return bool(self.count + blocks <= bound)
 
     def pin(self, block_ids: Iterable[int]) -> list[Any]:
         """Hold these blocks until `unpin`."""
@@ -70,7 +73,8 @@ class Pins:
 class Flights:
     """All plans under way. One thread, never blocks."""
 
-    def __init__(self, directory: Directory, pins: Pins, workers: int) -> None:
+    def __init__(self, directory: Directory, pins: Pins, workers: int, store_timeout: float) -> None:
+        self._store_timeout = store_timeout
         self._directory = directory
         self._pins = pins
         self._workers = workers
@@ -116,6 +120,13 @@ class Flights:
                 landed.append(flight)
         return landed
 
+    def tick(self) -> None:
+        """A step's output came. A store's time begins once the step that carried it is surely over."""
+        for flight in self._open.values():
+            flight.outputs += 1
+            if flight.outputs == _OUTPUTS_UNTIL_SENT:
+                flight.deadline = time.monotonic() + self._store_timeout
+
     def expire(self) -> list[Flight]:
         """Stores past their deadline: their blocks go back now, and what they still write is never seen."""
         now = time.monotonic()
@@ -133,7 +144,9 @@ class Flights:
 
     def failed_loads(self, invalid: Collection[int]) -> list[Flight]:
         """Loads under way of which at least one target is in `invalid`."""
-        return [flight for flight in self.loads() if not flight.doomed and set(flight.plan.blocks.tolist()) & set(invalid)]
+        return [
+            flight for flight in self.loads() if not flight.doomed and set(flight.plan.blocks.tolist()) & set(invalid)
+        ]
 
     def _doom(self, flight: Flight) -> None:
         flight.doomed = True

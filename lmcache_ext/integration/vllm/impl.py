@@ -7,16 +7,15 @@ logged miss. After `_MAX_FAULTS` of them the cache is switched off, loudly, and 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
-from vllm.logger import init_logger
 
-from lmcache_ext.config import GIB, EngineConfig, default_pool_gb, load_config, require_pool_fits
+from lmcache_ext.config import GIB, default_pool_gb, load_config, require_pool_fits
+from lmcache_ext.integration.vllm.log import get_logger, show_core_logs
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model, namespace, unsupported
 from lmcache_ext.integration.vllm.policy import recompute_on_failure
@@ -24,7 +23,7 @@ from lmcache_ext.integration.vllm.scheduler import SchedulerSide
 from lmcache_ext.integration.vllm.worker import WorkerSide, rank_of
 from lmcache_ext.transfer import rendezvous
 
-logger = init_logger("vllm.lmcache_ext")
+logger = get_logger("connector")
 
 POOL_SETTING = "LMCACHE_MAX_LOCAL_CPU_SIZE"
 _FIND_SECONDS = 30.0  # the workers published before vLLM built its scheduler
@@ -53,6 +52,14 @@ def guarded(miss: Callable[[], R]) -> Callable[[Hook[R]], Hook[R]]:
     return wrap
 
 
+def _nothing() -> tuple[int | None, bool]:
+    return 0, False
+
+
+def _freed() -> tuple[bool, dict[str, Any] | None]:
+    return False, None
+
+
 class LMCacheConnectorV1Impl:
     """One role's half of the connector.
 
@@ -67,7 +74,7 @@ class LMCacheConnectorV1Impl:
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, parent: KVConnectorBase_V1) -> None:
-        _show_our_logs()
+        show_core_logs()
         self._vllm_config = vllm_config
         self._transfer_config = vllm_config.kv_transfer_config
         self._extra: dict[str, Any] = dict(self._transfer_config.kv_connector_extra_config or {})
@@ -146,7 +153,7 @@ class LMCacheConnectorV1Impl:
         assert self._scheduler is not None
         self._scheduler.bind(pool)
 
-    @guarded(lambda: (0, False))
+    @guarded(_nothing)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that we can load beyond those that vLLM has; whether the request has to wait for them."""
         assert self._scheduler is not None
@@ -176,7 +183,7 @@ class LMCacheConnectorV1Impl:
         report = output.kv_connector_worker_meta
         self._scheduler.update(report if isinstance(report, Report) else None, set(output.invalid_block_ids or ()))
 
-    @guarded(lambda: (False, None))
+    @guarded(_freed)
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks need not wait for us: those that we still read are pinned."""
         assert self._scheduler is not None
@@ -257,12 +264,3 @@ class LMCacheConnectorV1Impl:
             return None
         self._scheduler.measure()
         return self._scheduler.recorder.take()
-
-
-def _show_our_logs() -> None:
-    """The core logs under `lmcache_ext`; give that name vLLM's handlers and level."""
-    ours, theirs = logging.getLogger("lmcache_ext"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
-        ours.propagate = False

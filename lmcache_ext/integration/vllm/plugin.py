@@ -9,9 +9,10 @@ import os
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.logger import init_logger
 
-logger = init_logger("vllm.lmcache_ext.plugin")
+from lmcache_ext.integration.vllm.log import get_logger
+
+logger = get_logger("plugin")
 
 NAMES = ("LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", "LMCacheMPConnector")
 _TRUE = {"1", "true", "yes", "on"}

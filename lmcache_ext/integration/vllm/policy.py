@@ -7,9 +7,10 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
-from vllm.logger import init_logger
 
-logger = init_logger("vllm.lmcache_ext.policy")
+from lmcache_ext.integration.vllm.log import get_logger
+
+logger = get_logger("policy")
 
 OURS = frozenset({"LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", "LMCacheMPConnector"})
 _MARK = "_lmcache_ext_recompute"
@@ -39,4 +40,4 @@ def watch_multi_connector() -> None:
             recompute_on_failure(vllm_config)
 
     setattr(init, _MARK, True)
-    MultiConnector.__init__ = init  # type: ignore[method-assign]
+    MultiConnector.__init__ = init

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def _adapter(lora: Any) -> list[str]:
     stamps = []
     folder = Path(lora.lora_path)
     for path in sorted(folder.glob("adapter_*")) if folder.is_dir() else []:
-        stat = os.stat(path)
+        stat = path.stat()
         stamps.append(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
     return [str(lora.lora_name), str(lora.lora_path), *stamps]
 

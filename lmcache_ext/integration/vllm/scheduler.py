@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import numpy as np
-from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
 
 from lmcache_ext.config import EngineConfig
@@ -18,6 +17,7 @@ from lmcache_ext.engine import Chunk, Directory
 from lmcache_ext.events import EventLog, Tier
 from lmcache_ext.integration.vllm.events import announce
 from lmcache_ext.integration.vllm.flights import Flight, Flights, Pins
+from lmcache_ext.integration.vllm.log import get_logger
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.requests import Match, Tracker, track
 from lmcache_ext.integration.vllm.stores import Storer
@@ -25,7 +25,9 @@ from lmcache_ext.metrics import Recorder
 from lmcache_ext.policies import POLICIES
 from lmcache_ext.transfer.base import Plan, Way
 
-logger = init_logger("vllm.lmcache_ext.scheduler")
+logger = get_logger("scheduler")
+
+_COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 class SchedulerSide:
@@ -71,7 +73,7 @@ class SchedulerSide:
         self.directory = Directory(POLICIES.get(config.cache_policy)(), self.log)
         self.directory.grow(slots)
         self.pins = Pins(config.max_pinned_fraction)
-        self.flights = Flights(self.directory, self.pins, workers)
+        self.flights = Flights(self.directory, self.pins, workers, config.store_timeout_secs)
         self._storer = Storer(self.directory, self.flights, self.pins, self.recorder, config, block_size, events)
         self._trackers: dict[str, Tracker] = {}
         self._running: set[str] = set()  # requests that were scheduled and are not finished or preempted
@@ -157,9 +159,7 @@ class SchedulerSide:
                 computed[new.req_id] = new.num_computed_tokens + scheduled[new.req_id]
         cached = output.scheduled_cached_reqs
         resumed = cached.resumed_req_ids
-        for req_id, blocks, done in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
+        for req_id, blocks, done in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             tracker = self._trackers.get(req_id)
             if tracker is None or tracker.done:
                 continue
@@ -190,6 +190,7 @@ class SchedulerSide:
 
     def update(self, report: Report | None, invalid: set[int]) -> None:
         """Results of a step. `invalid`: blocks that vLLM is about to compute again."""
+        self.flights.tick()
         if invalid:
             # The step that met them computed on bytes that never came, and so may every store that is under way.
             self.flights.doom_stores()
@@ -240,7 +241,7 @@ class SchedulerSide:
         self._running.discard(request.request_id)
         if tracker is None:
             return
-        if tracker.may_store and request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+        if tracker.may_store and request.status in _COMPLETED:
             tracker.blocks = list(block_ids)
             # The last sampled token has no KV yet, and steps that vLLM runs ahead may have raised its count.
             self._storer.plan_last(tracker, min(request.num_computed_tokens, request.num_tokens - 1))

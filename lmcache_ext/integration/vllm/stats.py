@@ -7,11 +7,13 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from lmcache_ext.metrics import CATALOGUE, merge
+from lmcache_ext.metrics import CATALOGUE, Delta, merge
 
 
 class LMCacheStats(KVConnectorStats):
     """`data` is a `metrics.Delta`."""
+
+    data: Delta
 
     def reset(self) -> None:
         """Forget."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -165,7 +164,6 @@ class Storer:
             tokens=sum(chunk.tokens for chunk in batch.chunks),
             pinned=self._pins.pin(batch.blocks),
             replaces=batch.replaces,
-            deadline=time.monotonic() + self._config.store_timeout_secs,
         )
         self._batch = _Batch()
         self._flights.add(flight)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from lmcache_ext.errors import LMCacheError
+from lmcache_ext.integration.vllm.log import get_logger
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model
 from lmcache_ext.transfer import HostPool, PageTable, Transfer, open_transfer, rendezvous
@@ -17,7 +17,7 @@ from lmcache_ext.transfer.base import Plan, Result, Way
 from lmcache_ext.transfer.pool import Shape
 from lmcache_ext.transfer.rendezvous import Berth
 
-logger = init_logger("vllm.lmcache_ext.worker")
+logger = get_logger("worker")
 
 _FIND_SECONDS = 120.0  # for the rank that stores for this one to publish its pool
 _CLOSE_SECONDS = 5.0
@@ -98,7 +98,9 @@ class WorkerSide:
         if berth is None:
             raise LMCacheError(f"rank {writer} did not publish its pool within {_FIND_SECONDS} s")
         if berth.row_bytes != shape.row_bytes:
-            raise LMCacheError(f"rank {writer} has rows of {berth.row_bytes} bytes, rank {self._rank} {shape.row_bytes}")
+            raise LMCacheError(
+                f"rank {writer} has rows of {berth.row_bytes} bytes, rank {self._rank} {shape.row_bytes}"
+            )
         return HostPool.attach(berth.path, berth.shape)
 
     # -- one step, in vLLM's order -----------------------------------------------------------------------------------
