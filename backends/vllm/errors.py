@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from dynamo.llm.exceptions import HttpError
-from vllm.exceptions import VLLMClientError, VLLMNotFoundError, VLLMUnprocessableEntityError
+from dynamo.llm.exceptions import HttpError, InvalidArgument
+from vllm.exceptions import VLLMClientError, VLLMNotFoundError
+
+logger = logging.getLogger(__name__)
 
 Chunk = dict[str, Any]
 
@@ -23,8 +26,6 @@ def http_status(error: Exception) -> int | None:
     """Return the status a client error deserves, or None for an error of ours."""
     if isinstance(error, RequestError):
         return error.status
-    if isinstance(error, VLLMUnprocessableEntityError):
-        return 422
     if isinstance(error, VLLMNotFoundError):
         return 404
     if isinstance(error, VLLMClientError | ValueError | TypeError):
@@ -34,7 +35,7 @@ def http_status(error: Exception) -> int | None:
 
 
 async def as_http_errors(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
-    """Pass chunks on, and raise client errors as Dynamo's ``HttpError``, which keeps the status.
+    """Pass chunks on, and raise client errors as those of Dynamo's that keep the status.
 
     Errors of ours pass unchanged: Dynamo reports them as 5xx and may retry elsewhere.
     """
@@ -45,4 +46,6 @@ async def as_http_errors(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, 
         status = http_status(error)
         if status is None:
             raise
-        raise HttpError(status, str(error)) from error
+        logger.info("request refused with %d: %s", status, error)
+        # The frontend shows the text of InvalidArgument (always 400) and hides that of HttpError.
+        raise (HttpError(404, str(error)) if status == 404 else InvalidArgument(str(error))) from None

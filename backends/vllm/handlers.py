@@ -92,17 +92,20 @@ class AggregatedHandler:
             yield chunk
 
     async def clear_kv_blocks(self, request: Any = None) -> AsyncGenerator[Chunk, None]:
+        """The endpoint form of ``clear``."""
+        yield await self.clear(request)
+
+    async def clear(self, body: Any = None) -> dict[str, str]:
         """Forget vLLM's prefix cache, and with ``{"reset_connector": true}`` what the connector holds, too."""
-        connector = isinstance(request, dict) and bool(request.get("reset_connector"))
+        connector = isinstance(body, dict) and bool(body.get("reset_connector"))
         try:
             done = await self._engine.reset_prefix_cache(reset_connector=connector)
         except EngineDeadError as error:
             self._services.on_engine_dead(str(error))
             raise
         if done:
-            yield {"status": "success", "message": "KV cache cleared"}
-        else:
-            yield {"status": "error", "message": "blocks are in use: nothing was cleared; try again when idle"}
+            return {"status": "success", "message": "KV cache cleared"}
+        return {"status": "error", "message": "blocks are in use: nothing was cleared; try again when idle"}
 
     def prepare(self, request: Request, request_id: str) -> Job:
         """Check a request and translate it for the engine."""

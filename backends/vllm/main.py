@@ -52,14 +52,14 @@ def _complete_environment(config: WorkerConfig) -> None:
     """Set what depends on the connectors: LMCACHE_* defaults and NIXL's settings."""
     from vllm.platforms import current_platform
 
-    from dynamo_lmcache.vllm import lmcache_env, nixl, transfer
+    from dynamo_lmcache.vllm import lmcache_env, nixl_sleep, transfer
 
     connectors = config.transfer_config
     if transfer.uses(connectors, transfer.OURS):
         lmcache_env.apply_defaults(os.environ, connectors)
     if transfer.uses(connectors, {transfer.NIXL}):
         settings.apply_nixl_defaults(os.environ, on_cpu=current_platform.is_cpu())
-        if os.environ.get(nixl.SLEEP_VARIABLE) and not nixl.plugin_installed():
+        if os.environ.get(nixl_sleep.SLEEP_VARIABLE) and not nixl_sleep.plugin_installed():
             logger.warning(
-                "%s has no effect: this project is not installed, so vLLM has no plugin", nixl.SLEEP_VARIABLE
+                "%s has no effect: this project is not installed, so vLLM has no plugin", nixl_sleep.SLEEP_VARIABLE
             )

@@ -31,7 +31,7 @@ _WHOLE_VOCABULARY = 2**32 - 1
 _FIELDS = frozenset(SamplingParams.__struct_fields__)
 # Handled below, or the frontend's: it stops at strings and turns ids into text.
 _NOT_COPIED = frozenset(
-    {"stop", "guided_decoding", "stop_token_ids_hidden", "include_stop_str_in_output", "detokenize", "output_kind"}
+    {"stop", "guided_decoding", "stop_token_ids", "include_stop_str_in_output", "detokenize", "output_kind"}
 )
 _GUIDES = ("json", "regex", "choice", "grammar")
 
@@ -54,9 +54,9 @@ def build_prompt(request: Request) -> TokensInput:
 
 def cache_salt(request: Request) -> str | None:
     """Return the salt that separates this request's cache entries from others', if any."""
-    for extension in _extensions(request):
-        if extension.get("cache_salt"):
-            return str(extension["cache_salt"])
+    for source in (*_extensions(request), request.get("routing") or {}):
+        if source.get("cache_salt"):
+            return str(source["cache_salt"])
     return None
 
 
@@ -132,9 +132,11 @@ def _copyable(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stop_token_ids(stops: Mapping[str, Any]) -> list[int]:
-    visible = stops.get("stop_token_ids") or []
-    hidden = [] if stops.get("ignore_eos") else stops.get("stop_token_ids_hidden") or []
-    return sorted({*visible, *hidden})
+    # Hidden are the model's own ends, which ignore_eos is about; the others are the client's.
+    names = ["stop_token_ids", "stop_token_ids_visible"]
+    if not stops.get("ignore_eos"):
+        names.append("stop_token_ids_hidden")
+    return sorted({token for name in names for token in stops.get(name) or ()})
 
 
 def _max_tokens(request: Request, stops: Mapping[str, Any], defaults: Mapping[str, Any], max_model_len: int) -> int:

@@ -153,6 +153,8 @@ class Worker:
 
     def _endpoints(self, probe: dict[str, Any]) -> list[Served]:
         handler = _HANDLERS[self._config.role](self._services)
+        # The same on the system port: POST /engine/control/clear_kv_blocks.
+        self._runtime.register_engine_route("control/clear_kv_blocks", handler.clear)
         functions: dict[str, Callable[..., Any]] = {"clear_kv_blocks": handler.clear_kv_blocks}
         if self._config.engine_args.enable_lora:
             functions["load_lora"] = self._adapters.load
