@@ -26,6 +26,7 @@ _WORKER_LOOPBACK = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
 }
+_MAX_SYSTEM_PORT = 2**15 - 1  # a signed 16-bit number in Dynamo; -1 turns it off
 _SINGLE_MACHINE_BACKENDS = frozenset({"file", "mem"})
 _DISTRIBUTED_PLANES = {"DYN_REQUEST_PLANE": "nats", "DYN_EVENT_PLANE": "nats"}
 
@@ -74,7 +75,12 @@ def apply_discovery_defaults(env: Environment, *, backend: str | None = None) ->
 
 
 def apply_worker_defaults(env: Environment, *, backend: str | None = None) -> None:
-    """Complete the environment of a worker and of the vLLM processes that it spawns, in place."""
+    """Complete the environment of a worker and of the vLLM processes that it spawns, in place.
+
+    Raises:
+        SettingError: for a system port that Dynamo cannot take.
+    """
+    _check_system_port(env.get("DYN_SYSTEM_PORT"))
     apply_discovery_defaults(env, backend=backend)
     if env["DYN_DISCOVERY_BACKEND"] in _SINGLE_MACHINE_BACKENDS:
         _fill(env, _WORKER_LOOPBACK)
@@ -117,6 +123,19 @@ def backend_from_argv(argv: list[str]) -> str | None:
         if word.startswith("--discovery-backend="):
             return word.partition("=")[2]
     return None
+
+
+def _check_system_port(text: str | None) -> None:
+    if not text:
+        return
+    try:
+        port = int(text)
+    except ValueError:
+        port = _MAX_SYSTEM_PORT + 1
+    if port > _MAX_SYSTEM_PORT:
+        raise SettingError(
+            f"DYN_SYSTEM_PORT={text!r} must be a port up to {_MAX_SYSTEM_PORT}, which is all that Dynamo reads"
+        )
 
 
 def _fill(env: Environment, defaults: dict[str, str]) -> None:

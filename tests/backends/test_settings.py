@@ -77,3 +77,14 @@ def test_nixl_on_gpu_keeps_its_polling_and_its_network() -> None:
     env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": "5600", "VLLM_NIXL_SIDE_CHANNEL_HOST": "10.0.0.1"}
     settings.apply_nixl_defaults(env, on_cpu=False)
     assert env == {"VLLM_NIXL_SIDE_CHANNEL_PORT": "5600", "VLLM_NIXL_SIDE_CHANNEL_HOST": "10.0.0.1"}
+
+
+@pytest.mark.parametrize("text", ["32768", "42995", "http"])
+def test_a_system_port_that_dynamo_cannot_read_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=f"DYN_SYSTEM_PORT='{text}'"):
+        settings.apply_worker_defaults({"DYN_SYSTEM_PORT": text})
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", "8081"])
+def test_other_system_ports_are_fine(text: str) -> None:
+    settings.apply_worker_defaults({"DYN_SYSTEM_PORT": text})

@@ -1,0 +1,56 @@
+"""How a worker ends: SIGTERM drains, a dead engine is an error. Without the cache, so that this is covered, too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.serving import MODEL_NAME, Server, serving, until
+
+pytestmark = pytest.mark.engine
+
+WITHOUT_CACHE = {"ENABLE_LMCACHE": "0"}
+
+
+def engine_process(server: Server) -> int:
+    """The process of vLLM's engine core, a child of the worker."""
+    listing = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(server.processes["worker"].pid)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+    ).stdout
+    (line,) = [line for line in listing.splitlines() if "EngineCore" in line]
+    return int(line.split()[0])
+
+
+def test_sigterm_lets_a_request_finish(model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, model, env=WITHOUT_CACHE) as server, server.client() as client:
+        log = server.log("worker")
+        assert "kv_connector='NixlConnector'" in log and "LMCacheConnectorV1" not in log
+        stream = client.completions.create(
+            model=MODEL_NAME, prompt="abc", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        with stream:
+            chunks = iter(stream)
+            next(chunks)
+            server.signal("worker")
+            reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+        assert reasons[-1] == "length"
+        assert server.processes["worker"].wait(timeout=60) == 0
+
+
+def test_a_dead_engine_ends_the_worker(model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, model, flags=["--no-warmup"], env=WITHOUT_CACHE) as server:
+        os.kill(engine_process(server), signal.SIGKILL)
+        worker = server.processes["worker"]
+        until(lambda: worker.poll() is not None, 30, "the worker has ended")
+        assert worker.returncode == 1
+        assert "engine is dead" in server.log("worker")
+        del server.processes["worker"]
+        until(lambda: not server.listed(), 30, "the model is gone")
