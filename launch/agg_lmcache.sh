@@ -9,6 +9,7 @@
 #   LMCACHE_*        settings of the cache; README.md has the table
 #   DYN_SYSTEM_PORT  of the worker's health and metrics (default 8081)
 #   DYN_DISCOVERY_BACKEND  file (default: one machine, nothing to start) or etcd (then NATS carries the requests)
+#   VENV, DEVICE     see launch/setup.sh
 #   LOG_DIR          where the logs go (default: a temporary folder, removed on Ctrl-C)
 #
 # The worker's flags: .venv/bin/python -m dynamo_lmcache.vllm --help
@@ -22,12 +23,15 @@ export ENABLE_LMCACHE=${ENABLE_LMCACHE:-1}
 set_up
 choose_model "$@"
 choose_network
+# Nobody listens to a single worker's events, and Dynamo's ZMQ publisher would listen on all interfaces.
+if [ "$DYN_DISCOVERY_BACKEND" = file ]; then export DYN_VLLM_PUBLISH_KV_EVENTS=${DYN_VLLM_PUBLISH_KV_EVENTS:-0}; fi
 check_machine
 open_run
+# -P: the current folder may hold modules with the names of others.
 # The system port is the worker's: without it the frontend opens none.
 start frontend env -u DYN_SYSTEM_PORT \
-    "$VENV/bin/python" -m dynamo_lmcache.frontend --http-host "$HTTP_HOST" --http-port "$HTTP_PORT"
-start worker "$VENV/bin/python" -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "$@"
+    "$VENV/bin/python" -P -m dynamo_lmcache.frontend --http-host "$HTTP_HOST" --http-port "$HTTP_PORT"
+start worker "$VENV/bin/python" -P -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "$@"
 wait_until_listed
 show_example
 say "Ctrl-C stops it"
