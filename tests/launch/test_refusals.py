@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,13 @@ def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
     pytest.fail(f"never said {line!r}")
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_all_even_the_deaf(tmp_path, number, code):
     process = run_stubs(tmp_path, "trap '' TERM; sleep 600 & wait")
@@ -155,11 +163,18 @@ def test_a_process_that_ends_is_named_with_its_last_words(tmp_path):
 
 
 def test_killing_the_script_ends_its_processes(tmp_path):
-    process = run_stubs(tmp_path, "exec sleep 600")
+    marker = f"TEST_MARKER={tmp_path}"
+    process = run_stubs(tmp_path, "exec sleep 601")
     wait_for_line(process, "started")
+    wait_until(
+        lambda: (
+            sum(
+                "time.sleep(600)" in p or "sleep 601" in p
+                for p in (r for r in running_with(marker) if "setpriv" not in r and "bash" not in r)
+            )
+            == 2
+        )
+    )
     process.kill()
     process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
-    while running_with(f"TEST_MARKER={tmp_path}") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not running_with(f"TEST_MARKER={tmp_path}")
+    wait_until(lambda: not running_with(marker))
