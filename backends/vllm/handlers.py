@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynamo.health_check import HEALTH_CHECK_KEY
+from dynamo.llm.exceptions import EngineShutdown
 from vllm.inputs.engine import TokensInput
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -151,6 +153,7 @@ class AggregatedHandler:
             notified = False
             async for output in self._outputs(job, context):
                 first_token.set()
+                refuse_foreign_abort(output, context)
                 for chunk in builder.chunks(output):
                     if not notified and chunk["token_ids"]:
                         notified = True
@@ -224,12 +227,24 @@ class PrefillHandler(AggregatedHandler):
         builder = ChunkBuilder()
         async with self._services.adapters.using(job.lora), self._abort_when_stopped(context, job.id, allowed):
             async for output in self._outputs(job, context):
+                refuse_foreign_abort(output, context)
                 for chunk in builder.chunks(output):
                     if output.kv_transfer_params is not None:
                         chunk["disaggregated_params"] = {"kv_transfer_params": output.kv_transfer_params}
                     # The frontend takes the first chunk for the whole answer; "length" would end the request there.
                     chunk.pop("finish_reason", None)
                     yield chunk
+
+
+def refuse_foreign_abort(output: RequestOutput, context: Any) -> None:
+    """Raise if the engine gave a request up that its client still waits for.
+
+    That happens when a shutdown runs out of time. Passed on as an end, it would look like a complete
+    answer; as this error the frontend moves the request to another worker, or tells the client.
+    """
+    aborted = any((choice.finish_reason or "").startswith("abort") for choice in output.outputs)
+    if aborted and not (context.is_stopped() or context.is_killed()):
+        raise EngineShutdown("the worker is shutting down and could not finish this request")
 
 
 def remote_decode_params() -> dict[str, Any]:

@@ -47,6 +47,12 @@ class FakeContext:
     def async_killed_or_stopped(self) -> asyncio.Future[bool]:
         return self._gone
 
+    def is_stopped(self) -> bool:
+        return self._gone.done()
+
+    def is_killed(self) -> bool:
+        return False
+
     def leave(self) -> None:
         self._gone.set_result(True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from dynamo.health_check import HEALTH_CHECK_KEY
-from dynamo.llm.exceptions import HttpError, InvalidArgument
+from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lmcache.vllm.handlers import (
@@ -154,6 +154,12 @@ async def test_bad_requests_are_the_clients_fault(body: dict[str, Any], error: t
     with pytest.raises(error) as caught:
         await collect(AggregatedHandler(shared), body)
     assert getattr(caught.value, "code", 400) in (400, 404) and len(shared.in_flight) == 0
+
+
+async def test_an_answer_cut_by_a_shutdown_is_an_error_and_no_end() -> None:
+    engine = FakeEngine(output(choice([7])), output(choice([], finish="abort")))
+    with pytest.raises(EngineShutdown):
+        await collect(AggregatedHandler(services(engine)), request())
 
 
 async def test_a_dead_engine_is_reported() -> None:

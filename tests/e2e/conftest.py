@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +28,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     folder = tmp_path_factory.mktemp("server")
     settings = folder / "lmcache.yaml"
     settings.write_text(f"chunk_size: {CHUNK}\nmax_local_cpu_size: 0.25\n")
-    with serving(
-        folder, model, env={"ENABLE_LMCACHE": os.environ.get("E2E", "1"), "LMCACHE_CONFIG_FILE": str(settings)}
-    ) as running:
+    with serving(folder, model, env={"ENABLE_LMCACHE": "1", "LMCACHE_CONFIG_FILE": str(settings)}) as running:
         yield running
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import openai
 import pytest
 
 from tests.e2e.serving import MODEL_NAME, Server, serving, until
@@ -30,11 +31,12 @@ def engine_process(server: Server) -> int:
 
 
 def test_sigterm_lets_a_request_finish(model: Path, tmp_path: Path) -> None:
-    with serving(tmp_path, model, env=WITHOUT_CACHE) as server, server.client() as client:
+    patient = {**WITHOUT_CACHE, "DYN_VLLM_DRAIN_TIMEOUT_S": "100"}
+    with serving(tmp_path, model, env=patient) as server, server.client() as client:
         log = server.log("worker")
         assert "kv_connector='NixlConnector'" in log and "LMCacheConnectorV1" not in log
         stream = client.completions.create(
-            model=MODEL_NAME, prompt="abc", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+            model=MODEL_NAME, prompt="abc", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
         )
         with stream:
             chunks = iter(stream)
@@ -42,6 +44,20 @@ def test_sigterm_lets_a_request_finish(model: Path, tmp_path: Path) -> None:
             server.signal("worker")
             reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
         assert reasons[-1] == "length"
+        assert server.processes["worker"].wait(timeout=60) == 0
+
+
+def test_an_answer_that_a_shutdown_cuts_is_no_complete_answer(model: Path, tmp_path: Path) -> None:
+    hasty = {**WITHOUT_CACHE, "DYN_VLLM_DRAIN_TIMEOUT_S": "0"}
+    with serving(tmp_path, model, flags=["--no-warmup"], env=hasty) as server, server.client() as client:
+        stream = client.completions.create(
+            model=MODEL_NAME, prompt="abc", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+        )
+        with stream, pytest.raises(openai.APIError):
+            next(iter(stream))
+            server.signal("worker")
+            for _ in stream:
+                pass
         assert server.processes["worker"].wait(timeout=60) == 0
 
 
