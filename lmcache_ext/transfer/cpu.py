@@ -162,7 +162,7 @@ class CpuTransfer(Transfer):
         pages, row_bytes = self._pages, self._pool.shape.row_bytes
         kv = (pages.base[None, :] + plan.blocks[:, None] * pages.stride[None, :]).ravel()
         host = (self._pool.address + plan.rows[:, None] * row_bytes + pages.offset[None, :]).ravel()
-        sizes = np.broadcast_to(pages.size, (len(plan.blocks), len(pages.size))).ravel()
+        sizes = np.tile(pages.size, len(plan.blocks))
         if plan.way is Way.STORE:
             self._copy(host, kv, sizes)
         else:

@@ -11,6 +11,7 @@ engine captures graphs.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def runs(rows: Blocks) -> Iterator[tuple[int, int, int]]:
     """(position, first row, number of rows) of each stretch of consecutive rows."""
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *cuts.tolist(), len(rows)]
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         if end > start:
             yield start, int(rows[start]), end - start
 

@@ -37,35 +37,39 @@ class Flight:
 class Pins:
     """References on the GPU's blocks, so that a source isn't reused while it is copied.
 
-    vLLM counts a pinned block as used, both when a running request grows and at admission. So stores may pin only what
-    nobody misses: up to `fraction` of all blocks, or up to half of the free ones, whichever is more.
+    A pin on a live request's block costs nothing. Once the request is gone, vLLM still counts the block as used, both
+    when a running request grows and at admission. So while more than `fraction` of all blocks are held by nothing but a
+    store, no further store is planned; those under way end in milliseconds, or at their deadline.
     """
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
         self._pool: Any = None  # vLLM's BlockPool
+        self._held: list[list[Any]] = []
         self.count = 0
 
     def bind(self, pool: Any) -> None:
         """Called once, before the first request."""
         self._pool = pool
 
-    def allow(self, blocks: int) -> bool:
-        """Whether `blocks` more may be pinned now."""
+    def spare(self) -> bool:
+        """Whether a store may be planned now. O(pinned blocks): ask once a step."""
         if self._pool is None:
             return False
-        bound = max(self._fraction * self._pool.num_gpu_blocks, self._pool.get_num_free_blocks() / 2)
-        return bool(self.count + blocks <= bound)
+        orphans = sum(1 for blocks in self._held for block in blocks if block.ref_cnt == 1)
+        return bool(orphans <= self._fraction * self._pool.num_gpu_blocks)
 
     def pin(self, block_ids: Iterable[int]) -> list[Any]:
         """Hold these blocks until `unpin`."""
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]
         self._pool.touch(blocks)
+        self._held.append(blocks)
         self.count += len(blocks)
         return blocks
 
     def unpin(self, blocks: list[Any]) -> None:
         """Give them back; the last of a chain leaves vLLM's prefix cache first."""
+        self._held = [held for held in self._held if held is not blocks]
         self._pool.free_blocks(reversed(blocks))
         self.count -= len(blocks)
 

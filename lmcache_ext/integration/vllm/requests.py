@@ -54,13 +54,13 @@ class Tracker:
     def store_failed(self) -> None:
         """Try its chunks again on a later step, a few times."""
         self.store_failures += 1
-        self.store_again()
         if self.store_failures >= MAX_STORE_FAILURES:
             self.may_store = False
+        self.store_again()
 
     def store_again(self) -> None:
         """Go over all of its chunks once more: those that are there are passed by."""
-        self.planned, self.tail_planned, self.done = 0, False, False
+        self.planned, self.tail_planned, self.done = 0, False, not self.may_store
 
     def retire(self) -> None:
         """No part in caching from now on."""

@@ -68,6 +68,8 @@ class Storer:
 
     def plan_step(self, trackers: Mapping[str, Tracker], computed: Mapping[str, int]) -> None:
         """Store what the step under way completes. `computed`: tokens that have KV once it has run."""
+        if not any(not trackers[request_id].done for request_id in computed) or not self._pins.spare():
+            return
         for request_id, end in computed.items():
             tracker = trackers[request_id]
             if not tracker.done:
@@ -76,7 +78,8 @@ class Storer:
 
     def plan_last(self, tracker: Tracker, end: int) -> None:
         """The request is over: store what is still missing of its first `end` tokens."""
-        self._plan(tracker, end)
+        if self._pins.spare():
+            self._plan(tracker, end)
         missing = self._end(tracker, end) // self._config.chunk_size - tracker.planned
         if missing > 0:
             self._recorder.count("num_skipped_store_tokens", missing * self._config.chunk_size)
@@ -136,8 +139,6 @@ class Storer:
         blocks = tracker.blocks[first:last]
         if len(blocks) < last - first or 0 in blocks:  # 0 is vLLM's null block: no KV behind it
             return False
-        if not self._pins.allow(len(batch.blocks) + len(blocks)):
-            return self._directory.ready(key) is not None
         note = announcement(tracker.request, first, last, self._bs) if self._events else None
         chunk = self._directory.prepare_store(key, end - start, note)
         if chunk is Outcome.EXISTS:

