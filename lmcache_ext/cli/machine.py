@@ -19,9 +19,8 @@ from lmcache_ext.errors import ConfigError
 # Resident size of the worker's three processes and the frontend, without weights and KV. On the CPU platform measured
 # at 3.2 GiB; with CUDA, an allowance.
 PROCESSES_GIB = {"cpu": 3.5, "cuda": 6.0}
-# vLLM's own message ring is 10 chunks of 16 MiB.
-SHM_WANTED_MIB = 256
-SHM_LEAST_MIB = 32
+# vLLM refuses to start with less: its ring for messages between processes is 10 chunks of 16 MiB.
+SHM_MIB = 160
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 
 
@@ -92,12 +91,12 @@ def check_shm(env: Mapping[str, str], path: Path = Path("/dev/shm")) -> Iterator
         return
     free_mib = shutil.disk_usage(path).free >> 20
     text = f"{free_mib} MiB free in {path}"
-    if free_mib < SHM_LEAST_MIB:
-        yield fail("shm", f"{text}; vLLM's processes need {SHM_LEAST_MIB} MiB at the very least", advice)
-    elif free_mib < SHM_WANTED_MIB:
-        yield warn("shm", f"{text}; vLLM's message ring may take up to 160 MiB", advice)
-    else:
+    if free_mib >= SHM_MIB:
         yield ok("shm", text)
+    elif gpus():
+        yield warn("shm", f"{text}; tensor parallelism needs {SHM_MIB} MiB", advice)
+    else:
+        yield fail("shm", f"{text}; vLLM needs {SHM_MIB} MiB", advice)
 
 
 def check_memlock(env: Mapping[str, str]) -> Iterator[Finding]:

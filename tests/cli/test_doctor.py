@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,9 +118,10 @@ def test_the_weights_of_a_folder_count(no_gpu, tmp_path):
     assert only(machine.check_memory(env, 10 * GIB)).level is Level.OK
 
 
-@pytest.mark.parametrize(("free_mib", "level"), [(16, "fail"), (64, "warn"), (1024, "ok")])
-def test_shm_is_judged_by_what_is_free(monkeypatch, tmp_path, free_mib, level):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free_mib << 20))
+@pytest.mark.parametrize(("free_mib", "gpu", "level"), [(159, "", "fail"), (64, "one", "warn"), (160, "", "ok")])
+def test_shm_is_judged_by_what_is_free(monkeypatch, tmp_path, free_mib, gpu, level):
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu] if gpu else [])
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_mib << 20))
     finding = only(machine.check_shm({}, tmp_path))
     assert finding.level.value == level
     assert f"{free_mib} MiB free" in finding.text

@@ -74,10 +74,10 @@ def test_too_little_memory(tmp_path):
 def test_a_small_dev_shm(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     unshare = ["unshare", "--mount", "bash", "-c"]
-    if subprocess.run([*unshare, "mount -t tmpfs -o size=8m none /dev/shm"], timeout=20, check=False).returncode:
+    if subprocess.run([*unshare, "mount -t tmpfs -o size=64m none /dev/shm"], timeout=20, check=False).returncode:
         pytest.skip("mounting is not allowed here")
     done = subprocess.run(
-        [*unshare, f"mount -t tmpfs -o size=8m none /dev/shm && exec {SCRIPT}"],
+        [*unshare, f"mount -t tmpfs -o size=64m none /dev/shm && exec {SCRIPT}"],
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -86,7 +86,7 @@ def test_a_small_dev_shm(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert "8 MiB free in /dev/shm" in done.stdout and "--shm-size" in done.stdout
+    assert "64 MiB free in /dev/shm" in done.stdout and "--shm-size" in done.stdout
 
 
 def test_etcd_that_does_not_answer(tmp_path):
