@@ -65,7 +65,7 @@ class Failing:
         _COPY(target, source, size)
 
 
-# -- hits ----------------------------------------------------------------------------------------------------------------
+# -- hits -----------------------------------------------------------------------------------------------
 
 
 def scenario_second_request_hits_exactly_its_prefix() -> None:
@@ -110,10 +110,10 @@ def scenario_local_hits_of_any_alignment() -> None:
     e = engine(Setup(chunk=128, blocks=40))
     p = prompt(1, 500)
     e.ask(p)
-    for keep in range(0, 16):
+    for keep in range(16):
         e.forget_gpu()
         e.ask(p[: keep * BLOCK + 5])  # vLLM now holds `keep` blocks of it
-        out, cached = e.ask(p)
+        _, cached = e.ask(p)
         assert cached == 480, (keep, cached)
     e.close()
 
@@ -140,7 +140,7 @@ def scenario_fuller_chunk_replaces_the_partial_one() -> None:
     e.close()
 
 
-# -- decode ----------------------------------------------------------------------------------------------------------------
+# -- decode ---------------------------------------------------------------------------------------------
 
 
 def scenario_decode_cache_serves_the_second_turn() -> None:
@@ -170,7 +170,7 @@ def scenario_many_at_once() -> None:
     e.close()
 
 
-# -- who may share ---------------------------------------------------------------------------------------------------------
+# -- who may share --------------------------------------------------------------------------------------
 
 
 def scenario_salts_share_nothing() -> None:
@@ -237,7 +237,7 @@ def scenario_tags_and_skip_save() -> None:
     e.close()
 
 
-# -- limits ----------------------------------------------------------------------------------------------------------------
+# -- limits ---------------------------------------------------------------------------------------------
 
 
 def scenario_short_hits_are_not_loaded() -> None:
@@ -304,7 +304,7 @@ def scenario_one_request_larger_than_the_pool() -> None:
     e.close()
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------------
+# -- what goes wrong ------------------------------------------------------------------------------------
 
 
 def scenario_preemption() -> None:
@@ -324,7 +324,7 @@ def scenario_preemption() -> None:
 
 
 def scenario_abort_at_every_step() -> None:
-    for at in range(0, 10):
+    for at in range(10):
         e = engine(Setup(caching=False, budget=64), slow(0.003))
         p = prompt(1, 300)
         if at % 2:
@@ -413,13 +413,13 @@ def scenario_vanished_promise_is_computed() -> None:
 
 
 def scenario_faults_in_hooks_become_misses() -> None:
+    def fault(*args: Any) -> Any:
+        raise RuntimeError("injected")
+
     for where in ("match", "allocated", "update", "finished", "events", "busy"):
         e = engine(Setup(caching=False))
         p = prompt(1, 300)
         cold, _ = e.ask(p)
-
-        def fault(*args: Any) -> Any:
-            raise RuntimeError(f"injected into {where}")
 
         with mock.patch.object(e.side, where, fault):
             request_id = e.add(p)
@@ -498,7 +498,7 @@ def scenario_reset_through_the_scheduler() -> None:
     e.close()
 
 
-# -- more than one -----------------------------------------------------------------------------------------------------------
+# -- more than one --------------------------------------------------------------------------------------
 
 
 def scenario_two_ranks_store_and_load_their_own_parts() -> None:
@@ -560,7 +560,7 @@ def scenario_events_follow_the_chunks() -> None:
     stored = [x for x in said if isinstance(x, BlockStored)]
     assert [len(x.block_hashes) for x in stored] == [2, 2, 2, 2, 1]
     assert {x.medium for x in stored} == {"CPU"} and {x.block_size for x in stored} == {BLOCK}
-    assert sum((x.token_ids for x in stored), []) == p[:288]
+    assert [t for x in stored for t in x.token_ids] == p[:288]
     assert stored[0].parent_block_hash is None
     assert stored[1].parent_block_hash == stored[0].block_hashes[-1]
     e.ask(prompt(2, 200))
