@@ -30,11 +30,23 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.stderr.write(f"{_PROGRAM}: {error}\n")
         sys.exit(2)
+    _run(config)
+
+
+def _run(config: WorkerConfig) -> None:
     import uvloop
 
+    from dynamo_lmcache.vllm.health import leave
     from dynamo_lmcache.vllm.worker import run_worker
 
-    uvloop.run(run_worker(config))
+    # Not by returning: Dynamo's threads are still running then, and one that asks for the
+    # interpreter while it goes down aborts the process ("exception not rethrown").
+    try:
+        uvloop.run(run_worker(config))
+    except Exception:
+        logger.exception("the worker could not start, or failed")
+        leave(1)
+    leave(0)
 
 
 def _configure(words: list[str]) -> WorkerConfig:

@@ -141,6 +141,8 @@ def environment(folder: Path, server: Server, extra: Mapping[str, str]) -> dict[
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # One thread is plenty for these models, and does not wait for another on a busy machine.
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
         "DYN_FILE_KV": str(folder / "discovery"),
         "DYN_SYSTEM_PORT": str(server.system_port),
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
