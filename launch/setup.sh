@@ -32,14 +32,16 @@ find_python() {
     done
 }
 
-missing_packages() { # Debian names of what neither pip nor the venv can bring
+missing_packages() { # Debian names of what neither pip nor the venv can bring; $1: a Python 3.11, or nothing
+    has() { [ -n "$python" ] && "$python" -c "$1" 2>/dev/null; }
     local python=$1
     [ -n "$python" ] || echo python3.11
-    [ -n "$python" ] && "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3.11-venv
+    has 'import ensurepip, venv' || echo python3.11-venv
+    # torch.compile makes and builds C++ on the CPU, Triton C on the GPU. Both include Python.h.
+    command -v g++ >/dev/null || echo g++
+    has 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' || echo libpython3.11-dev
     # vLLM's CPU kernels link to libnuma.
-    if [ "$device" = cpu ]; then
-        [ -n "$python" ] && "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || echo libnuma1
-    fi
+    [ "$device" != cpu ] || has 'import ctypes; ctypes.CDLL("libnuma.so.1")' || echo libnuma1
 }
 
 need_system_packages() {

@@ -21,6 +21,7 @@ CHECKS: tuple[Callable[[Env], Iterable[Finding]], ...] = (
     machine.check_memory,
     machine.check_shm,
     machine.check_memlock,
+    machine.check_compiler,
     network.check_ports,
     network.check_discovery,
 )

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -97,6 +99,19 @@ def check_shm(env: Mapping[str, str], path: Path = Path("/dev/shm")) -> Iterator
         yield warn("shm", f"{text}; tensor parallelism needs {SHM_MIB} MiB", advice)
     else:
         yield fail("shm", f"{text}; vLLM needs {SHM_MIB} MiB", advice)
+
+
+def check_compiler(env: Mapping[str, str]) -> Iterator[Finding]:
+    """torch.compile (CPU) and Triton (GPU) build code while vLLM starts, against Python's headers."""
+    compiler = shutil.which(env.get("CXX") or "g++", path=env.get("PATH"))
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if compiler is None:
+        yield fail("compiler", f"no {env.get('CXX') or 'g++'}: vLLM compiles while it starts", "apt-get install g++")
+    elif not header.is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        yield fail("compiler", f"no {header}: vLLM compiles while it starts", f"apt-get install libpython{version}-dev")
+    else:
+        yield ok("compiler", compiler)
 
 
 def check_memlock(env: Mapping[str, str]) -> Iterator[Finding]:

@@ -137,6 +137,21 @@ def test_memlock_without_a_limit_is_ok(monkeypatch):
     assert only(machine.check_memlock({})).text == "unlimited"
 
 
+def test_a_missing_compiler_fails(tmp_path):
+    finding = only(machine.check_compiler({"PATH": str(tmp_path)}))
+    assert finding.level is Level.FAIL and "g++" in finding.advice
+
+
+def test_missing_python_headers_fail(monkeypatch, tmp_path):
+    env = {"PATH": str(tmp_path), "CXX": "c++"}
+    (tmp_path / "c++").touch(mode=0o755)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    finding = only(machine.check_compiler(env))
+    assert finding.level is Level.FAIL and "-dev" in finding.advice
+    (tmp_path / "Python.h").touch()
+    assert only(machine.check_compiler(env)).level is Level.OK
+
+
 def test_gpus_are_listed_by_nvidia_smi(monkeypatch, tmp_path):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.1'\n")
