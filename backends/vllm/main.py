@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynamo_lmcache.vllm import settings
+from lmcache_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynamo_lmcache.vllm.args import WorkerConfig
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         # Before anything of Dynamo or vLLM is imported: both read the environment at import.
         settings.apply_worker_defaults(os.environ, backend=settings.backend_from_argv(words))
         config = _configure(words)
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         sys.stderr.write(f"{_PROGRAM}: {error}\n")
         sys.exit(2)
     _run(config)
