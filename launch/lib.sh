@@ -118,12 +118,14 @@ stop_one() { # stop_one PID: SIGTERM, then SIGKILL to what is left of its group
     deadline=$((SECONDS + 5))
     while group_alive "$1" && [ "$SECONDS" -lt "$deadline" ] && [ -z "${hurry:-}" ]; do sleep 0.2; done
     kill -KILL -- "-$1" 2>/dev/null || true
+    wait "$1" 2>/dev/null || true # keeps the shell from telling that it was killed
 }
 
 stop_all() { # the last one first: workers before the frontend
-    local i
+    local i begin=$SECONDS
     hurry=
-    trap 'hurry=1' INT TERM HUP
+    trap '[ "$SECONDS" -le $((begin + 1)) ] || hurry=1' INT # a second Ctrl-C
+    trap '' TERM HUP
     for ((i = ${#PIDS[@]} - 1; i >= 0; i--)); do
         say "stopping ${NAMES[i]}"
         stop_one "${PIDS[i]}"
