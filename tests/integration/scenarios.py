@@ -90,6 +90,14 @@ def scenario_full_chunks_alone_without_partial_ones() -> None:
     e.close()
 
 
+def scenario_discard_partial_chunks() -> None:
+    e = engine(Setup(caching=False, extra={"discard_partial_chunks": True, "lmcache_rpc_port": "producer1"}))
+    p = prompt(1, 300)
+    e.ask(p)
+    assert e.ask(p)[1] == 256
+    e.close()
+
+
 def scenario_shared_prefix_hits_its_full_chunks() -> None:
     e = engine(Setup(caching=False))
     p = prompt(1, 210)

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from lmcache_ext.config import GIB, default_pool_gb, load_config, require_pool_fits
+from lmcache_ext.errors import ConfigError
 from lmcache_ext.integration.vllm.log import get_logger, show_core_logs
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model, namespace, unsupported
@@ -98,12 +99,22 @@ class LMCacheConnectorV1Impl:
             self._worker = self._open_worker()
 
     def _defaults(self) -> dict[str, Any]:
-        """`--kv-offloading-size`: GiB over all ranks; vLLM does not hand it to a connector."""
+        """What vLLM's own flags and upstream's unprefixed keys say; any setting of ours beats it."""
+        defaults: dict[str, Any] = {}
+        if self._extra.get("discard_partial_chunks"):
+            defaults["save_unfull_chunk"] = False
         cache = self._vllm_config.cache_config
         size = getattr(cache, "kv_offloading_size", None)
-        if size is None or getattr(cache, "kv_offloading_backend", None) != "lmcache":
-            return {}
-        return {"max_local_cpu_size": size / self._vllm_config.parallel_config.world_size}
+        if size is not None and getattr(cache, "kv_offloading_backend", None) == "lmcache":
+            # `--kv-offloading-size`: GiB over all ranks; vLLM does not hand it to a connector
+            defaults["max_local_cpu_size"] = size / self._vllm_config.parallel_config.world_size
+        return defaults
+
+    def _skip_last(self) -> int:
+        value = self._extra.get("skip_last_n_tokens", 0)
+        if not isinstance(value, int) or value < 0:
+            raise ConfigError("skip_last_n_tokens", value, "must be a number of tokens, 0 or more")
+        return value
 
     def _open_worker(self) -> WorkerSide:
         parallel = self._vllm_config.parallel_config
@@ -140,7 +151,7 @@ class LMCacheConnectorV1Impl:
             row_bytes=sum(pool.row_bytes for pool in pools),
             root=lambda epoch: namespace(self._vllm_config, model, self.config, pools, epoch).root(),
             events=bool(events and events.enable_kv_cache_events),
-            skip_last=int(self._extra.get("skip_last_n_tokens", 0)),
+            skip_last=self._skip_last(),
             stores=self._transfer_config.kv_role != "kv_consumer",
         )
 

@@ -1,0 +1,195 @@
+"""Time to first token on a CPU machine: cold, vLLM's own prefix-cache hit, and warm through us, side by side.
+
+    python benchmarks/ttft.py [--pairs 6] [--out benchmarks/results/ttft_cpu.md]
+
+Three engines live at once and take turns, so that every pair of figures was measured within seconds of each other:
+`plain` (no connector, prefix caching off), `prefix` (no connector, prefix caching on) and `ours` (our connector, prefix
+caching off). Same random model of 181M parameters, same block size, same KV layout, both cores in all of them
+(`VLLM_CPU_OMP_THREADS_BIND=0-1`: left alone, vLLM takes another number of threads with a connector than without).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816,
+    "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 2048,
+    "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+KV_BYTES_A_TOKEN = 16 * 2 * 4 * 64 * 2
+BLOCK = 128
+SHAPES = {"ends on a chunk": 5889, "ends within a chunk": 6017}
+ENGINES: dict[str, dict[str, Any]] = {
+    "plain": {"enable_prefix_caching": False},
+    "prefix": {"enable_prefix_caching": True},
+    "ours": {
+        "enable_prefix_caching": False,
+        "kv_transfer_config": {
+            "kv_connector": "LMCacheConnectorV1",
+            "kv_role": "kv_both",
+            "kv_connector_module_path": "lmcache_ext.integration.vllm",
+        },
+    },
+}
+_READY_SECONDS = 240
+_ANSWER_SECONDS = 180
+
+
+def serve(name: str, model: str) -> None:
+    """Child: one engine; a line of JSON token ids in, a line with seconds and cached tokens out."""
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+
+    options = dict(ENGINES[name])
+    if "kv_transfer_config" in options:
+        options["kv_transfer_config"] = KVTransferConfig(**options["kv_transfer_config"])
+    llm = LLM(
+        model=model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=8192, seed=0,
+        block_size=BLOCK, max_num_batched_tokens=2048, enforce_eager=True, disable_log_stats=True, **options,
+    )  # fmt: skip
+    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    out = os.fdopen(int(os.environ["TTFT_FD"]), "w")
+    out.write("ready\n")
+    out.flush()
+    for line in sys.stdin:
+        ids = json.loads(line)
+        began = time.perf_counter()
+        answer = llm.generate([{"prompt_token_ids": ids}], one, use_tqdm=False)[0]
+        out.write(json.dumps([time.perf_counter() - began, answer.num_cached_tokens or 0]) + "\n")
+        out.flush()
+
+
+class Child:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, model: str) -> None:
+        read, write = os.pipe()
+        env = {
+            **os.environ, "TTFT_FD": str(write), "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1", "LMCACHE_MAX_LOCAL_CPU_SIZE": "2", "VLLM_LOGGING_LEVEL": "WARNING",
+        }  # fmt: skip
+        command = [sys.executable, __file__, "--child", name, "--model", model]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=[write], env=env, text=True,
+        )  # fmt: skip
+        os.close(write)
+        self._answers = os.fdopen(read)
+
+    def wait(self) -> None:
+        """Until the engine serves."""
+        if self._answers.readline() != "ready\n":
+            raise RuntimeError("an engine did not start; run this file with --child to see why")
+
+    def ask(self, ids: list[int]) -> tuple[float, int]:
+        """(seconds to the first token, cached tokens)."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(ids) + "\n")
+        self._process.stdin.flush()
+        seconds, cached = json.loads(self._answers.readline())
+        return float(seconds), int(cached)
+
+    def close(self) -> None:
+        """End the engine."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=10)
+
+
+def measure(children: dict[str, Child], length: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds by name, `pairs` of each, in turns; the order within a turn alternates."""
+    taken: dict[str, list[float]] = {name: [] for name in ("cold plain", "cold ours", "prefix hit", "warm ours")}
+    for i in range(pairs):
+        rng = random.Random(1000 * length + i)
+        ids = [rng.randrange(10, 2000) for _ in range(length)]
+        order = ("plain", "ours") if i % 2 else ("ours", "plain")
+        for name in order:
+            seconds, cached = children[name].ask(ids)
+            assert cached == 0
+            taken[f"cold {name}"].append(seconds)
+        children["prefix"].ask(ids)
+        for name, key in (("prefix", "prefix hit"), ("ours", "warm ours")) if i % 2 else (
+            ("ours", "warm ours"), ("prefix", "prefix hit")
+        ):  # fmt: skip
+            seconds, cached = children[name].ask(ids)
+            assert cached == (length - 1) // BLOCK * BLOCK, (name, cached)
+            taken[key].append(seconds)
+        sys.stderr.write(f"{length} pair {i}: { {k: round(v[-1], 3) for k, v in taken.items()} }\n")
+    return taken
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """Median of the pairs' ratios, and their range."""
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+    return f"{statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]"
+
+
+def table(results: dict[str, dict[str, list[float]]], pairs: int) -> str:
+    """The report, as Markdown."""
+    lines = [
+        "# Time to first token on two CPU cores",
+        "",
+        f"`python benchmarks/ttft.py --pairs {pairs}` on {platform.machine()}, {os.cpu_count()} cores, "
+        f"{time.strftime('%Y-%m-%d')}. Random model of 181M parameters in bf16, block {BLOCK}, chunk 256, one request "
+        "at a time. Seconds are medians with [least, most]; ratios are medians over pairs with their range.",
+        "",
+        "| prompt | " + " | ".join(next(iter(results.values()))) + " | warm / prefix hit | cold ours / cold plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, taken in results.items():
+        cells = [f"{statistics.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in taken.values()]
+        both = ratio(taken["warm ours"], taken["prefix hit"]), ratio(taken["cold ours"], taken["cold plain"])
+        lines.append(f"| {SHAPES[shape]} tokens, {shape} | " + " | ".join((*cells, *both)) + " |")
+    moved = (SHAPES["ends on a chunk"] - 1) * KV_BYTES_A_TOKEN
+    lines += ["", f"A warm request of {SHAPES['ends on a chunk']} tokens copies {moved / 1e6:.0f} MB."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parent or child."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--child", choices=sorted(ENGINES))
+    parser.add_argument("--model")
+    options = parser.parse_args()
+    if options.child:
+        serve(options.child, options.model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
+        children = {name: Child(name, folder) for name in ENGINES}
+        try:
+            for child in children.values():
+                child.wait()
+                child.ask(list(range(10, 310)))  # compile what the first request compiles
+            results = {shape: measure(children, length, options.pairs) for shape, length in SHAPES.items()}
+        finally:
+            for child in children.values():
+                child.close()
+    report = table(results, options.pairs)
+    sys.stdout.write(report)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report)
+
+
+if __name__ == "__main__":
+    main()
