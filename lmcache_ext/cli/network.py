@@ -48,7 +48,7 @@ def _holder(port: int) -> str:
     except (psutil.Error, OSError):
         return ""
     for each in sockets:
-        if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
+        if each.status == psutil.CONN_LISTEN and each.laddr[1:] == (port,) and each.pid:
             try:
                 return f" (process {each.pid}, {psutil.Process(each.pid).name()})"
             except psutil.Error:
