@@ -12,6 +12,8 @@ from lmcache_ext.cli.finding import Finding, fail, ok, warn
 
 # The same defaults as launch/lib.sh.
 PORTS = {"HTTP_PORT": "8000", "DYN_SYSTEM_PORT": "8081"}
+# Dynamo reads the system port as a signed 16-bit number.
+HIGHEST = {"HTTP_PORT": 65535, "DYN_SYSTEM_PORT": 32767}
 LOOPBACK = "127.0.0.1"
 CONNECT_TIMEOUT_S = 2.0
 
@@ -30,8 +32,9 @@ def check_ports(env: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _port(variable: str, value: str, host: str) -> Finding:
-    if not (value.isdecimal() and 0 < int(value) < 65536):
-        return fail("port", f"{variable}={value} is not a port", f"set {variable} to a number from 1 to 65535")
+    highest = HIGHEST[variable]
+    if not (value.isdecimal() and 0 < int(value) <= highest):
+        return fail("port", f"{variable}={value} can't be used", f"set {variable} to a number from 1 to {highest}")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is no obstacle
         try:

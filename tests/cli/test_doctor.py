@@ -16,6 +16,7 @@ import pytest
 from lmcache_ext.cli import doctor, machine, model, network, packages, settings
 from lmcache_ext.cli.finding import Level
 from lmcache_ext.cli.main import main
+from tests.launch.processes import free_port
 
 GIB = 1 << 30
 
@@ -27,13 +28,8 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def listener():
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", free_port())) as server:
         yield server.getsockname()[1]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def levels(findings) -> list[str]:
@@ -178,6 +174,13 @@ def test_a_taken_port_fails_with_its_holder(listener, variable):
 def test_what_is_not_a_port_fails(value):
     found = list(network.check_ports({"HTTP_PORT": value, "DYN_SYSTEM_PORT": str(free_port())}))
     assert levels(found) == ["fail", "ok"]
+
+
+def test_a_system_port_that_dynamo_cannot_read_fails():
+    env = {"HTTP_PORT": str(free_port()), "DYN_SYSTEM_PORT": "32768"}
+    found = list(network.check_ports(env))
+    assert levels(found) == ["ok", "fail"]
+    assert "1 to 32767" in found[1].advice
 
 
 def test_one_port_for_two_fails():
