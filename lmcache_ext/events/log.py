@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from lmcache_ext.engine import Chunk
+from typing import Protocol
 
 
 class Tier(str, enum.Enum):
@@ -29,6 +28,14 @@ class Announcement:
     salt: str | None
 
 
+class Noted(Protocol):
+    """Anything that a tier holds: its note says what to tell of it."""
+
+    @property
+    def note(self) -> object:
+        """An Announcement, or anything else for silence."""
+
+
 @dataclass(frozen=True)
 class Event:
     """A chunk became visible in a tier, or left it."""
@@ -48,15 +55,15 @@ class EventLog:
         self._events: list[Event] = []
         self.dropped = 0
 
-    def stored(self, chunk: Chunk) -> None:
+    def stored(self, chunk: Noted) -> None:
         """A chunk is ready."""
         self._add(True, chunk)
 
-    def removed(self, chunk: Chunk) -> None:
+    def removed(self, chunk: Noted) -> None:
         """A chunk is gone."""
         self._add(False, chunk)
 
-    def announce(self, chunks: Iterable[Chunk]) -> None:
+    def announce(self, chunks: Iterable[Noted]) -> None:
         """Say again what is resident: somebody's view was cleared."""
         for chunk in chunks:
             self._add(True, chunk)
@@ -66,7 +73,7 @@ class EventLog:
         events, self._events = self._events, []
         return events
 
-    def _add(self, stored: bool, chunk: Chunk) -> None:
+    def _add(self, stored: bool, chunk: Noted) -> None:
         if not isinstance(chunk.note, Announcement):
             return
         if len(self._events) >= self._limit:

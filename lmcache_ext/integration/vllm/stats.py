@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, ClassVar
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from lmcache_ext.metrics import CATALOGUE, Delta, merge
@@ -34,7 +35,9 @@ class LMCacheStats(KVConnectorStats):
 
 
 class LMCachePromMetrics(KVConnectorPromMetrics):
-    """`lmcache:*`, one child per engine."""
+    """`lmcache:*`, one child per engine. As with vLLM's own, a new engine's metrics take an earlier one's place."""
+
+    _registered: ClassVar[list[Any]] = []
 
     def __init__(
         self,
@@ -50,11 +53,15 @@ class LMCachePromMetrics(KVConnectorPromMetrics):
             "histogram": metric_types[Histogram],
         }
         self._children: dict[tuple[str, int], Any] = {}
+        while self._registered:
+            with contextlib.suppress(KeyError):
+                REGISTRY.unregister(self._registered.pop())
         for metric in CATALOGUE.values():
             extra = {"buckets": metric.buckets} if metric.kind == "histogram" else {}
             family = classes[metric.kind](
                 name=f"lmcache:{metric.name}", documentation=metric.help, labelnames=labelnames, **extra
             )
+            self._registered.append(family)
             for engine, values in per_engine_labelvalues.items():
                 self._children[metric.name, engine] = family.labels(*values)
 
