@@ -31,7 +31,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -62,6 +62,7 @@ class Setup:
     extra: dict[str, Any] = field(default_factory=dict)
     events: bool = False
     max_len: int = 1024
+    mla: bool = False  # every rank holds the same bytes
 
 
 def _accepted(cls: Any, **values: Any) -> dict[str, Any]:
@@ -121,10 +122,11 @@ def _page_bytes() -> int:
 
 def kv_cache_config(setup: Setup) -> KVCacheConfig:
     """One group of full attention layers."""
-    spec = FullAttentionSpec(
+    cls = MLAAttentionSpec if setup.mla else FullAttentionSpec
+    spec = cls(
         **_accepted(
-            FullAttentionSpec, block_size=BLOCK, num_kv_heads=HEADS, head_size=WIDTH // 2, dtype=torch.int8,
-            use_mla=False,
+            cls, block_size=BLOCK, num_kv_heads=HEADS, dtype=torch.int8,
+            head_size=WIDTH if setup.mla else WIDTH // 2,
         )
     )  # fmt: skip
     names = [f"layer{i}" for i in range(LAYERS)]
@@ -338,6 +340,7 @@ class Engine:
     def _expected(self, rank: int, request_id: str, end: int) -> np.ndarray:
         """[LAYERS, end, WIDTH] what KV must say."""
         request = self.scheduler.requests[request_id]
+        rank = 0 if self.setup.mla else rank
         if (request_id, rank) not in self._truth:
             name = request.lora_request.lora_name if request.lora_request else ""
             state = blake3(f"{request.cache_salt}|{name}|{rank}".encode())

@@ -517,6 +517,17 @@ def scenario_two_ranks_store_and_load_their_own_parts() -> None:
     e.close()
 
 
+def scenario_mla_is_stored_once_and_read_by_all() -> None:
+    e = engine(Setup(ranks=2, mla=True, caching=False))
+    p = prompt(1, 300)
+    cold, _ = e.ask(p, max_tokens=5)
+    first, second = (rank.connector._impl._worker for rank in e.ranks)
+    assert first.writes and not second.writes
+    assert np.array_equal(first._pool.bytes, second._pool.bytes) and first._pool.bytes.any()  # one segment, two maps
+    assert e.ask(p, max_tokens=5) == (cold, 288)
+    e.close()
+
+
 def scenario_one_rank_fails_for_all() -> None:
     e = engine(Setup(ranks=2, caching=False))
     p = prompt(1, 300)
