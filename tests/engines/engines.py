@@ -54,10 +54,10 @@ def llm(connector: dict[str, Any] | None, threads: str = "0-1", **options: Any) 
 
 
 def ask(engine: Any, prompts: list[list[int]], max_tokens: int = 3, **options: Any) -> list[Any]:
-    """Greedy answers, as vLLM's RequestOutputs, in the order of the prompts."""
+    """Answers, greedy unless told, as vLLM's RequestOutputs, in the order of the prompts."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
+    params = SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **options})
     return list(engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False))
 
 
