@@ -68,8 +68,8 @@ def main() -> None:
     lines = [
         "# The control plane",
         "",
-        f"`python benchmarks/directory.py` on {platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}; "
-        f"{len(directory):,} chunks in the directory, {ROUNDS} rounds.",
+        f"`python benchmarks/directory.py` on {platform.machine()}, {os.cpu_count()} cores, "
+        f"{time.strftime('%Y-%m-%d')}; {len(directory):,} chunks in the directory, {ROUNDS} rounds.",
         "",
         "| what | median | 99th percentile |",
         "|---|---|---|",
