@@ -160,8 +160,8 @@ def table(taken: dict[str, list[float]], pairs: int, dtype: str) -> str:
         "# Time to first token on two CPU cores",
         "",
         f"`python benchmarks/ttft.py --pairs {pairs} --dtype {dtype}` on {platform.machine()}, {os.cpu_count()} cores, "
-        f"{time.strftime('%Y-%m-%d')}. Random model of 181M parameters, block {BLOCK}, chunk 256, one request at a time. "
-        f"{LENGTH} tokens end one token after a chunk, one more block ends in the middle of one. "
+        f"{time.strftime('%Y-%m-%d')}. Random model of 181M parameters, block {BLOCK}, chunk 256, one request at a "
+        f"time. {LENGTH} tokens end one token after a chunk, one more block ends in the middle of one. "
         f"Every engine was asked {REPEATS} times a pair when warm.",
         "",
         "| what | seconds, median [least, most] |",
