@@ -14,6 +14,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "launch" / "demo_model"
 BLOCK, CHUNK = 32, 64
+# What a GPU wants is set from outside: ENGINE_DTYPE=bfloat16 ENGINE_GRAPHS=1.
+DTYPE, EAGER = os.environ.get("ENGINE_DTYPE", "float32"), "ENGINE_GRAPHS" not in os.environ
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -42,8 +44,8 @@ def llm(connector: dict[str, Any] | None, threads: str = "0-1", **options: Any) 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
     made = LLM(
         **{
-            "model": str(MODEL), "dtype": "float32", "block_size": BLOCK, "max_model_len": 2048, "seed": 0,
-            "enforce_eager": True, "disable_log_stats": False, "max_num_batched_tokens": 2048, **options,
+            "model": str(MODEL), "dtype": DTYPE, "block_size": BLOCK, "max_model_len": 2048, "seed": 0,
+            "enforce_eager": EAGER, "disable_log_stats": False, "max_num_batched_tokens": 2048, **options,
         },
         kv_transfer_config=KVTransferConfig(**connector) if connector else None,
     )  # fmt: skip
@@ -86,13 +88,12 @@ def pools() -> list[mmap.mmap]:
 
 
 def flip_all() -> None:
-    """Turn over every byte of every pool, as far as it was ever written."""
+    """Turn over the sign and the mantissa of every value in every pool, as bf16 or fp32: wrong, and still finite."""
     import numpy as np
 
     for pool in pools():
-        view = np.frombuffer(pool, dtype=np.uint8)
-        used = int(np.flatnonzero(view[:: 1 << 12]).max(initial=0) + 1) << 12
-        view[:used] ^= 0xFF
+        view = np.frombuffer(pool, dtype=np.uint16)
+        view ^= 0x807F
 
 
 def spy(worker: Any) -> int:
@@ -116,6 +117,7 @@ def differing_pages(worker: Any) -> dict[str, tuple[int, int]]:
     """Runs in a worker: {way: (pages compared, pages that differ)} between KV memory and pool, for plans since last
     asked. Sound while nothing has reused the blocks."""
     import numpy as np
+    import torch
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     side = get_kv_transfer_group()._impl._worker
@@ -126,7 +128,9 @@ def differing_pages(worker: Any) -> dict[str, tuple[int, int]]:
             host = pool.row(int(row))
             for layer, tensor in enumerate(pages.keep):
                 start = int(pages.offset[layer])
-                page = tensor[int(block)].contiguous().numpy().view(np.uint8).ravel()
+                page = tensor[int(block)]
+                in_memory = page.permute(sorted(range(page.dim()), key=lambda d: -page.stride(d)))
+                page = in_memory.contiguous().view(torch.uint8).cpu().numpy().ravel()
                 same = np.array_equal(page, host[start : start + int(pages.size[layer])])
                 compared, differ = counts[plan.way.value]
                 counts[plan.way.value] = (compared + 1, differ + (not same))

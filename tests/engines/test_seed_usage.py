@@ -52,7 +52,10 @@ def vllm_serve(folder: Path, *flags: str, **env: str) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", **env},
+            env={
+                **os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_SERVER_DEV_MODE": "1",
+                "VLLM_LOGGING_LEVEL": "INFO", **env,
+            },
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
