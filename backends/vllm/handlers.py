@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ BYPASS_REMOTE_PREFILL = "x-bypass-remote-prefill"
 # An abort waits for the first token on decode. NIXL gives a pull up after its lease of 30 s; past
 # twice that the request is let run to its own end rather than risk the engine.
 _ABORT_DEFERRAL_S = 60.0
+_CLEAR_SECONDS, _CLEAR_PAUSE_SECONDS = 2.0, 0.02
 
 
 @dataclass
@@ -98,10 +100,18 @@ class AggregatedHandler:
         yield await self.clear(request)
 
     async def clear(self, body: Any = None) -> dict[str, str]:
-        """Forget vLLM's prefix cache, and with ``{"reset_connector": true}`` what the connector holds, too."""
+        """Forget vLLM's prefix cache, and with ``{"reset_connector": true}`` what the connector holds, too.
+
+        vLLM refuses while blocks are in use. A store that follows the last answer uses some for milliseconds, so we
+        ask again for a while.
+        """
         connector = isinstance(body, dict) and bool(body.get("reset_connector"))
         try:
-            done = await self._engine.reset_prefix_cache(reset_connector=connector)
+            deadline = time.monotonic() + _CLEAR_SECONDS
+            while not (done := await self._engine.reset_prefix_cache(reset_connector=connector)):
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(_CLEAR_PAUSE_SECONDS)
         except EngineDeadError as error:
             self._services.on_engine_dead(str(error))
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def counter(name: str) -> float:
     found = [family for family in REGISTRY.collect() if family.name == name]
     assert found, f"no metric {name}"
     return sum(s.value for family in found for s in family.samples if s.name in (name, f"{name}_total"))
+
+
+def forget_gpu(engine: Any, **options: Any) -> None:
+    """Empty vLLM's own prefix cache. It refuses while blocks are in use, and a store that just began uses some."""
+    deadline = time.monotonic() + 10
+    while not engine.reset_prefix_cache(**options):
+        assert time.monotonic() < deadline, "blocks are still in use"
+        time.sleep(0.05)
 
 
 def pools() -> list[mmap.mmap]:

@@ -57,7 +57,7 @@ def warm_up(engine: Any, asked: list[Any]) -> None:
     """Store every context, and empty vLLM's own prefix cache."""
     for query in {q.prompt[:TOKENS]: q for q in asked}.values():
         ask(engine, [query.token_ids], max_tokens=1)
-    assert engine.reset_prefix_cache()
+    engines.forget_gpu(engine)
 
 
 def test_cold_warm_and_flipped(engine: Any) -> None:
@@ -68,14 +68,14 @@ def test_cold_warm_and_flipped(engine: Any) -> None:
     hits = counter("lmcache:num_hit_tokens")
     warm = share(engine, asked)
     assert counter("lmcache:num_hit_tokens") - hits >= CONTEXTS * TOKENS
-    assert engine.reset_prefix_cache()
+    engines.forget_gpu(engine)
     engines.flip_all()
     flipped = share(engine, asked)
     print(f"recall of {len(asked)} queries: cold {cold:.3f}, warm {warm:.3f}, flipped {flipped:.3f}")
     assert cold >= 0.95
     assert abs(cold - warm) <= 0.02
     assert flipped <= 0.1
-    assert engine.reset_prefix_cache(reset_connector=True)
+    engines.forget_gpu(engine, reset_connector=True)
 
 
 def test_bytes_come_back_page_by_page(engine: Any) -> None:
@@ -83,7 +83,7 @@ def test_bytes_come_back_page_by_page(engine: Any) -> None:
     prompt = questions(2, 1)[0].token_ids
     ask(engine, [prompt], max_tokens=1)
     assert engine.collective_rpc(engines.differing_pages) == [{"store": (16 * 2, 0), "load": (0, 0)}]
-    assert engine.reset_prefix_cache()
+    engines.forget_gpu(engine)
     ask(engine, [prompt], max_tokens=1)
     assert engine.collective_rpc(engines.differing_pages) == [{"store": (0, 0), "load": (16 * 2, 0)}]
 
@@ -91,7 +91,7 @@ def test_bytes_come_back_page_by_page(engine: Any) -> None:
 def test_logprobs_are_equal_to_the_last_bit_where_the_steps_are_the_same(engine: Any) -> None:
     prompt = questions(3, 1)[0].token_ids[: CHUNK * 4 + 20]  # cold: 256 tokens, then 20; warm: 20 after a hit of 256
     cold = ask(engine, [prompt], max_tokens=8, logprobs=5)[0]
-    assert engine.reset_prefix_cache()
+    engines.forget_gpu(engine)
     warm = ask(engine, [prompt], max_tokens=8, logprobs=5)[0]
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, CHUNK * 4)
     first, second = ([{t: p.logprob for t, p in step.items()} for step in o.outputs[0].logprobs] for o in (cold, warm))
@@ -101,7 +101,7 @@ def test_logprobs_are_equal_to_the_last_bit_where_the_steps_are_the_same(engine:
 def test_usage_and_metrics_rise_by_exactly_the_shared_prefix(engine: Any) -> None:
     one, two = questions(4, 1)[:2]  # 512 tokens in common: eight full chunks
     ask(engine, [one.token_ids])
-    assert engine.reset_prefix_cache()
+    engines.forget_gpu(engine)
     before = counter("lmcache:num_hit_tokens")
     assert ask(engine, [two.token_ids])[0].num_cached_tokens == TOKENS
     assert counter("lmcache:num_hit_tokens") - before == TOKENS
@@ -110,7 +110,7 @@ def test_usage_and_metrics_rise_by_exactly_the_shared_prefix(engine: Any) -> Non
 def test_recall_after_preemption(engine: Any) -> None:
     asked = questions(5, 4)[::10]
     expected = [list(ask(engine, [q.token_ids], max_tokens=300)[0].outputs[0].token_ids) for q in asked]
-    assert engine.reset_prefix_cache()
+    engines.forget_gpu(engine)
     before = counter("vllm:num_preemptions")
     together = ask(engine, [q.token_ids for q in asked], max_tokens=300)
     assert counter("vllm:num_preemptions") > before, "nothing was preempted: the test shows nothing"
@@ -139,14 +139,14 @@ def test_decode_cache_serves_the_second_turn(engine: Any) -> None:
     asked = questions(7, 1)[:4]
     for query in asked:
         answer = list(ask(engine, [query.token_ids], max_tokens=100)[0].outputs[0].token_ids)
-        assert engine.reset_prefix_cache()
+        engines.forget_gpu(engine)
         turn = query.token_ids + answer
         follow = recall.Query(query.prompt + recall.decode(answer), query.record, 0)
         key = f"\n{follow.record.key} "
         output = ask(engine, [turn + recall.encode(key)])[0]
         assert output.num_cached_tokens >= (len(turn) - 1) // CHUNK * CHUNK > TOKENS
         assert recall.decode(list(output.outputs[0].token_ids)).startswith(query.expected)
-        assert engine.reset_prefix_cache()
+        engines.forget_gpu(engine)
 
 
 def test_two_ranks(tmp_path: Any) -> None:
@@ -159,7 +159,7 @@ def test_two_ranks(tmp_path: Any) -> None:
         hits = counter("lmcache:num_hit_tokens")
         warm = share(made, asked)
         assert counter("lmcache:num_hit_tokens") - hits >= 3 * TOKENS
-        assert made.reset_prefix_cache()
+        engines.forget_gpu(made)
         engines.flip_all()
         flipped = share(made, asked)
     print(f"two ranks, {len(asked)} queries: cold {cold:.3f}, warm {warm:.3f}, flipped {flipped:.3f}")

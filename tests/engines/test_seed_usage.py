@@ -80,6 +80,7 @@ def vllm_serve(folder: Path, *flags: str, **env: str) -> Iterator[str]:
 def second_call_hits(url: str) -> None:
     body = {"model": str(engines.MODEL), "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
     first = json.loads(get(f"{url}/v1/completions", body))
+    time.sleep(1)  # vLLM refuses to reset while blocks are in use, says so in its log only, and our store uses some
     get(f"{url}/reset_prefix_cache", {})
     second = json.loads(get(f"{url}/v1/completions", body))
     assert second["choices"][0]["text"] == first["choices"][0]["text"]
@@ -128,11 +129,11 @@ def test_llm_with_the_documented_arguments_and_speculative_decoding() -> None:
         assert drafted > accepted > 0, "no draft was rejected, or none accepted: the test shows nothing"
         turn = prompt + answer + [ord("?")]
         whole = (len(turn) - 2) // 64 * 64
-        assert llm.reset_prefix_cache()
+        engines.forget_gpu(llm)
         before = engines.counter("lmcache:num_hit_tokens")
         warm = engines.ask(llm, [turn], max_tokens=8, logprobs=3)[0]
         assert engines.counter("lmcache:num_hit_tokens") - before >= whole
-        assert llm.reset_prefix_cache(reset_connector=True)
+        engines.forget_gpu(llm, reset_connector=True)
         cold = engines.ask(llm, [turn], max_tokens=8, logprobs=3)[0]
         assert cold.num_cached_tokens == 0
         assert list(warm.outputs[0].token_ids) == list(cold.outputs[0].token_ids)

@@ -308,6 +308,8 @@ class Engine:
             if wrong and not invalid & set(self._tables[request_id]):
                 self.wrong.append(f"step {self.steps}: {request_id} read {wrong}")
         runner = self._aggregate.aggregate([self._runner_output(output, r, computed) for r in results], 0)
+        if self.setup.ranks == 1 and not computed and not any(vars(results[0]).values()):
+            runner.kv_connector_output = None  # as vLLM's own worker says it where there is nothing to say
         for outputs in self.scheduler.update_from_output(output, runner).values():
             for one in outputs.outputs:
                 self.outputs[one.request_id] += one.new_token_ids

@@ -15,7 +15,7 @@ from lmcache_ext.engine import Chunk, Directory
 from lmcache_ext.integration.vllm.metadata import Report, Tally
 from lmcache_ext.transfer.base import Plan, Way
 
-_OUTPUTS_UNTIL_SENT = 2  # vLLM schedules one step ahead of the output that it handles
+_STEPS_UNTIL_RUN = 2  # vLLM begins a step while the one before still runs
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Flight:
     tokens: int
     pinned: list[Any] = field(default_factory=list)  # vLLM's KVCacheBlock, stores only
     replaces: list[bytes] = field(default_factory=list)  # partial chunks that a fuller one makes superfluous
-    outputs: int = 0  # of the engine's steps, seen since it was sent
+    steps: int = 0  # that the engine began since it was planned
     deadline: float = float("inf")
     doomed: bool = False  # its bytes must never be seen
     tally: Tally = field(default_factory=Tally)
@@ -125,10 +125,11 @@ class Flights:
         return landed
 
     def tick(self) -> None:
-        """A step's output came. A store's time begins once the step that carried it is surely over."""
+        """A step begins. A store's time runs from when the step that carried it is over: a step may take long, and
+        where nothing ends vLLM tells us nothing, so steps are what we count."""
         for flight in self._open.values():
-            flight.outputs += 1
-            if flight.outputs == _OUTPUTS_UNTIL_SENT:
+            flight.steps += 1
+            if flight.steps == _STEPS_UNTIL_RUN:
                 flight.deadline = time.monotonic() + self._store_timeout
 
     def expire(self) -> list[Flight]:

@@ -140,6 +140,7 @@ class SchedulerSide:
         meta, self._meta = self._meta, StepMeta()
         meta.forward = output.total_num_scheduled_tokens > 0
         try:
+            self.flights.tick()
             self._preempted(output.preempted_req_ids or (), meta)
             computed = self._follow_blocks(output)
             self._storer.plan_step(self._trackers, computed)
@@ -190,7 +191,6 @@ class SchedulerSide:
 
     def update(self, report: Report | None, invalid: set[int]) -> None:
         """Results of a step. `invalid`: blocks that vLLM is about to compute again."""
-        self.flights.tick()
         if invalid:
             # The step that met them computed on bytes that never came, and so may every store that is under way.
             self.flights.doom_stores()
