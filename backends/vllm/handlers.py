@@ -35,7 +35,7 @@ BYPASS_REMOTE_PREFILL = "x-bypass-remote-prefill"
 # An abort waits for the first token on decode. NIXL gives a pull up after its lease of 30 s; past
 # twice that the request is let run to its own end rather than risk the engine.
 _ABORT_DEFERRAL_S = 60.0
-_CLEAR_SECONDS, _CLEAR_PAUSE_SECONDS = 2.0, 0.02
+_CLEAR_S, _CLEAR_PAUSE_S = 2.0, 0.02
 
 
 @dataclass
@@ -107,11 +107,11 @@ class AggregatedHandler:
         """
         connector = isinstance(body, dict) and bool(body.get("reset_connector"))
         try:
-            deadline = time.monotonic() + _CLEAR_SECONDS
+            deadline = time.monotonic() + _CLEAR_S
             while not (done := await self._engine.reset_prefix_cache(reset_connector=connector)):
                 if time.monotonic() > deadline:
                     break
-                await asyncio.sleep(_CLEAR_PAUSE_SECONDS)
+                await asyncio.sleep(_CLEAR_PAUSE_S)
         except EngineDeadError as error:
             self._services.on_engine_dead(str(error))
             raise
