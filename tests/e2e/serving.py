@@ -23,7 +23,7 @@ from openai import OpenAI
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAME = "e2e-model"
 BLOCK = 32
-START_S = 240.0
+START_S = 480.0
 STOP_S = 60.0
 WORKER_FLAGS = (
     *("--served-model-name", MODEL_NAME),
