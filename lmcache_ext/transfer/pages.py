@@ -6,6 +6,7 @@ own); all that counts is that a page is one dense run of bytes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,10 +97,4 @@ def _layout_id(tensors: tuple[torch.Tensor, ...], pages: list[tuple[int, int]]) 
     for tensor, (_, size) in zip(tensors, pages, strict=True):
         order = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), d))
         each.append(f"{tuple(tensor.shape[1:])}/{order}/{tensor.dtype}/{size}")
-    runs: list[list[object]] = []
-    for one in each:
-        if runs and runs[-1][0] == one:
-            runs[-1][1] = int(str(runs[-1][1])) + 1
-        else:
-            runs.append([one, 1])
-    return ";".join(f"{count}x{one}" for one, count in runs)
+    return ";".join(f"{len(list(run))}x{one}" for one, run in itertools.groupby(each))

@@ -4,7 +4,7 @@ The KV of token p in layer l on rank r is a digest of (tokens[:p+1], salt, LoRA,
 page that vLLM believes to be computed can be checked, byte by byte, against what it must hold: a wrong page is found in
 the step that would have read it, whatever brought it about. Sampling is a digest of the tokens, too.
 
-Runs on vLLM 0.26.0 to 0.32.0; `python -m tests.integration.harness` is not a thing: see `run_scenarios.py`.
+Runs on vLLM 0.26.0 to 0.32.0; what it is put through stands in `scenarios.py`.
 """
 
 from __future__ import annotations
@@ -201,6 +201,7 @@ class Engine:
         self.cached: dict[str, int] = {}
         self.events: list[Any] = []
         self.steps = 0
+        self.preemptions = 0
         self.wrong: list[str] = []
 
     # -- what tests say ----------------------------------------------------------------------------------------------
@@ -292,6 +293,7 @@ class Engine:
         """One engine step."""
         self.steps += 1
         output = self.scheduler.schedule()
+        self.preemptions += len(output.preempted_req_ids or ())
         self._follow(output)
         for rank in self.ranks:
             rank.begin(output)

@@ -323,7 +323,7 @@ def scenario_preemption() -> None:
             ids = [e.add(p, max_tokens=120) for p in prompts]
             e.run()
             e.drain()
-            assert any(r for r in ids)
+            assert e.preemptions, "nothing was preempted: the scenario shows nothing"
             alone = engine(Setup(blocks=64))
             for p, request_id in zip(prompts, ids, strict=True):
                 assert alone.ask(p, max_tokens=120)[0] == e.outputs[request_id]
