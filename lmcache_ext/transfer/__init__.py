@@ -2,9 +2,9 @@
 
 from lmcache_ext.transfer.base import Plan, Result, Transfer
 from lmcache_ext.transfer.pages import PageTable
-from lmcache_ext.transfer.pool import HostPool
+from lmcache_ext.transfer.pool import Growth, HostPool
 
-__all__ = ["HostPool", "PageTable", "Plan", "Result", "Transfer", "open_transfer"]
+__all__ = ["Growth", "HostPool", "PageTable", "Plan", "Result", "Transfer", "open_transfer"]
 
 
 def open_transfer(pages: PageTable, pool: HostPool, load_timeout: float) -> Transfer:

@@ -49,7 +49,8 @@ class Result:
 class Transfer(ABC):
     """Runs plans in the background, each way in order of submission, both ways at once.
 
-    Called from the engine worker's main thread only. `submit`, `poll` and `cancel` never block. Every submitted plan is
+    Called from the engine worker's main thread only. `submit`, `poll` and `cancel` never block. The pool's `grown` says
+    from the start, and ever better, how many of its slots plans may name. Every submitted plan is
     reported by `poll` exactly once, whatever happens to it; until then its blocks and rows belong to the data plane. A
     load that has not begun `load_timeout` seconds after its submission fails instead of starting.
     """
@@ -64,7 +65,8 @@ class Transfer(ABC):
 
     @abstractmethod
     def join(self, ids: Collection[int]) -> None:
-        """Let the engine's next work see the bytes of these loads. Blocks the host only where the device has no queue.
+        """Let the engine's next work see the bytes of these loads. Blocks the host until they are on their way, where
+        the device has no queue until they are there.
 
         A load that failed is reported by `poll` as any other.
         """

@@ -1,210 +1,214 @@
 """The CUDA data plane: pages are gathered into, or scattered from, a staging ring on the GPU by one kernel, and the
 ring meets the pinned pool in large copies.
 
-    store: pages ──gather──▶ ring ──DMA──▶ rows of the pool          (on a stream of the lowest priority)
-    load:  rows of the pool ──DMA──▶ ring ──scatter──▶ pages         (on a stream of its own)
+    store: pages ──gather──▶ ring ──DMA──▶ rows of the pool
+    load:  rows of the pool ──DMA──▶ ring ──scatter──▶ pages
 
-The kernel runs at device-memory speed, so the link is what counts, whatever the page size. Everything is submitted from
-the engine worker's main thread; completion is an event that `poll` queries, so no thread of ours touches CUDA while the
-engine captures graphs.
+The kernel runs at device-memory speed, so the link is what counts, whatever the page size. Each way has a lane: a thread
+that issues stages, two streams on which the kernel of one stage runs beside the DMA of the next, and a ring. The thread
+stays a few stages ahead of the link and no more, so that its calls are spread evenly over the time that the copies take
+and the engine's own thread is never held up for long.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 
 from lmcache_ext.errors import TransferError
-from lmcache_ext.transfer.base import Blocks, Plan, Result, Transfer, Way
+from lmcache_ext.transfer.base import Blocks, Way
+from lmcache_ext.transfer.driver import Driver
+from lmcache_ext.transfer.growth import PoolGrowth, slots_per_piece
+from lmcache_ext.transfer.kernel import BLOCK, WORD, move_pages
+from lmcache_ext.transfer.lanes import Job, LaneTransfer
 from lmcache_ext.transfer.pages import PageTable
 from lmcache_ext.transfer.pool import HostPool
 
 logger = logging.getLogger("lmcache_ext.transfer")
 
 STAGE_BYTES = 64 << 20
-_WORD = 8
-_BLOCK = 1024  # words that one program copies
-
-
-@triton.jit
-def _move(base, stride, size, offset, blocks, ring, row_words, layers, TO_PAGES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Program (i, c): words [c*BLOCK, (c+1)*BLOCK) of layer i % layers of the block in row i // layers of the ring."""
-    i = tl.program_id(0)
-    row, layer = i // layers, i % layers
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.load(size + layer)
-    start = tl.load(base + layer) + tl.load(blocks + row) * tl.load(stride + layer)
-    page = start.to(tl.pointer_type(tl.int64)) + at
-    stage = ring + row.to(tl.int64) * row_words + tl.load(offset + layer) + at
-    if TO_PAGES:
-        tl.store(page, tl.load(stage, mask=inside), mask=inside)
-    else:
-        tl.store(stage, tl.load(page, mask=inside), mask=inside)
+RINGS = 2
+AHEAD = 8  # stages issued and not finished: 10 ms of a PCIe 5 link
+PROGRAMS = 64  # of the kernel: enough to outrun the link, few enough to leave the GPU to the engine
 
 
 @dataclass
-class _Lane:
-    """One direction: a stream, and a ring that is used in stream order."""
+class _Track:
+    """What one lane's thread works with: a stream for the DMA, one for the kernel, a ring between them."""
 
-    stream: torch.cuda.Stream
+    copy: torch.cuda.Stream
+    kernel: torch.cuda.Stream
     rings: list[torch.Tensor]
+    free: list[torch.cuda.Event | None]  # by ring: when its last stage was done with it
+    ends: deque[torch.cuda.Event] = field(default_factory=deque)  # of the stages under way
     turn: int = 0
 
-    def ring(self) -> torch.Tensor:
-        """The next stage's ring; alternating lets a kernel of one stage run beside the copy of another."""
-        self.turn ^= 1
-        return self.rings[self.turn]
-
 
 @dataclass
-class _Open:
-    plan: Plan
-    nbytes: int
+class _Marks:
     began: torch.cuda.Event
     ended: torch.cuda.Event
     keep: list[Any]  # what the copies still read
 
 
-class CudaTransfer(Transfer):
-    """KV memory on the GPU, pool in pinned host memory.
+class CudaTransfer(LaneTransfer):
+    """KV memory on the GPU, pool in host memory that is pinned as it grows.
 
     Raises:
-        TransferError: the pool can't be pinned, or a page is not a whole number of 8-byte words.
+        TransferError: a page is not a whole number of 8-byte words, or there is no CUDA context.
     """
 
     def __init__(self, pages: PageTable, pool: HostPool, load_timeout: float) -> None:
-        if (pages.size % _WORD).any() or (pages.stride % _WORD).any() or (pages.base % _WORD).any():
-            raise TransferError(f"pages of {pages.size.tolist()} bytes are not whole words of {_WORD}")
+        super().__init__(load_timeout)
+        if any((table % WORD).any() for table in (pages.size, pages.stride, pages.base)):
+            raise TransferError(f"pages of {pages.size.tolist()} bytes are not whole words of {WORD}")
         self._pages = pages
         self._pool = pool
         self._device = pages.keep[0].device
-        self._host = _pin(pool)
+        self._host = torch.from_numpy(pool.bytes)
         self._row_bytes = pool.shape.row_bytes
         self._stage_rows = max(1, STAGE_BYTES // self._row_bytes)
+        self._piece = slots_per_piece(pool.shape)
         self._tables = [
             torch.from_numpy(table).to(self._device)
-            for table in (pages.base, pages.stride, pages.size // _WORD, pages.offset // _WORD)
+            for table in (pages.base, pages.stride, pages.size // WORD, pages.offset // WORD)
         ]
-        self._most_words = int(pages.size.max()) // _WORD
-        least, _ = torch.cuda.Stream.priority_range() if hasattr(torch.cuda.Stream, "priority_range") else (0, -1)
-        self._lanes = {Way.LOAD: self._lane(0), Way.STORE: self._lane(least)}
-        self._open: list[_Open] = []
-        self._failed: list[Result] = []
+        self._chunks = triton.cdiv(int(pages.size.max()) // WORD, BLOCK)
+        self._tracks = {way: self._lay() for way in Way}
         self._warm_up()
+        self._driver = Driver()
+        self._growth = PoolGrowth(pool, self._driver.pin, self._enter, self._piece)
+        self._open_lanes()
 
-    def _lane(self, priority: int) -> _Lane:
+    def _lay(self) -> _Track:
         rings = [
-            torch.empty(self._stage_rows * self._row_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)
+            torch.empty(self._stage_rows * self._row_bytes, dtype=torch.uint8, device=self._device) for _ in range(RINGS)
         ]
-        return _Lane(torch.cuda.Stream(self._device, priority=priority), rings)
+        return _Track(torch.cuda.Stream(self._device), torch.cuda.Stream(self._device), rings, [None] * RINGS)
 
     def _warm_up(self) -> None:
         """Compile both kernels before the engine captures graphs: no row is moved."""
-        for way, lane in self._lanes.items():
-            with torch.cuda.stream(lane.stream):
-                self._kernel(way, lane.ring(), torch.zeros(1, dtype=torch.int64, device=self._device), rows=0)
+        for way, track in self._tracks.items():
+            with torch.cuda.stream(track.kernel):
+                self._launch(way, track.rings[0], torch.zeros(1, dtype=torch.int64, device=self._device), rows=0)
         torch.cuda.synchronize(self._device)
+
+    # -- the main thread ---------------------------------------------------------------------------------------------
 
     def fence(self) -> object:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def submit(self, plans: Iterable[Plan], after: object) -> None:
-        assert isinstance(after, torch.cuda.Event)
-        for plan in plans:
-            lane = self._lanes[plan.way]
-            lane.stream.wait_event(after)
-            try:
-                self._launch(plan, lane)
-            except Exception as fault:
-                logger.exception("%s of plan %d failed", plan.way.value, plan.id)
-                lane.stream.synchronize()  # what was launched of it must be over before its blocks are given back
-                self._failed.append(Result(plan.id, plan.way, False, 0, 0.0, f"{type(fault).__name__}: {fault}"))
+    def _over(self, job: Job) -> bool:
+        if not job.marks.ended.query():
+            return False
+        job.nbytes = len(job.plan.blocks) * self._row_bytes
+        job.seconds = job.marks.began.elapsed_time(job.marks.ended) / 1e3
+        return True
 
-    def join(self, ids: Collection[int]) -> None:
-        for work in self._open:
-            if work.plan.id in ids:
-                torch.cuda.current_stream(self._device).wait_event(work.ended)
-
-    def poll(self) -> list[Result]:
-        results, self._failed = self._failed, []
-        still = []
-        for work in self._open:
-            if work.ended.query():
-                seconds = work.began.elapsed_time(work.ended) / 1e3
-                results.append(Result(work.plan.id, work.plan.way, True, work.nbytes, seconds))
-            else:
-                still.append(work)
-        self._open = still
-        return results
-
-    def cancel(self, ids: Collection[int]) -> None:
-        """Plans are in a queue of the device the moment they are submitted: all run on."""
+    def _order(self, job: Job) -> None:
+        torch.cuda.current_stream(self._device).wait_event(job.marks.ended)
 
     def close(self, timeout: float) -> None:
-        for lane in self._lanes.values():
-            lane.stream.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(self._pool.address)
+        deadline = time.monotonic() + timeout
+        pinned = self._growth.close(timeout)
+        super().close(max(0.0, deadline - time.monotonic()))
+        while any(self._open.values()) and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(0.001)
+        if any(self._open.values()):
+            logger.error("copies are still under way after %.1f s; the pool stays pinned", timeout)
+            return
+        for address in pinned:
+            self._driver.unpin(address)
 
-    def _launch(self, plan: Plan, lane: _Lane) -> None:
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        keep: list[Any] = []
-        with torch.cuda.stream(lane.stream):
-            began.record()
+    # -- a lane's thread ---------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        self._driver.enter()
+        torch.cuda.set_device(self._device)
+
+    def _issue(self, job: Job) -> None:
+        plan, track = job.plan, self._tracks[job.plan.way]
+        try:
+            first, last = (track.copy, track.kernel) if plan.way is Way.LOAD else (track.kernel, track.copy)
+            first.wait_event(job.after)
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record(first)
             blocks = torch.from_numpy(plan.blocks).pin_memory()
-            ids = blocks.to(self._device, non_blocking=True)
-            keep += [blocks, ids]
+            with torch.cuda.stream(track.kernel):
+                ids = blocks.to(self._device, non_blocking=True)
             for start in range(0, len(plan.blocks), self._stage_rows):
                 rows = plan.rows[start : start + self._stage_rows]
-                self._stage(plan.way, lane.ring(), ids[start : start + len(rows)], rows)
-            ended.record()
-        self._open.append(_Open(plan, len(plan.blocks) * self._row_bytes, began, ended, keep))
+                self._stage(plan.way, track, ids[start : start + len(rows)], rows)
+            ended.record(last)
+            job.marks = _Marks(began, ended, [blocks, ids])
+        except Exception:
+            track.copy.synchronize()  # what was issued of it must be over before its blocks are given back
+            track.kernel.synchronize()
+            raise
 
-    def _stage(self, way: Way, ring: torch.Tensor, ids: torch.Tensor, rows: Blocks) -> None:
-        if way is Way.STORE:
-            self._kernel(way, ring, ids, len(rows))
-        for at, row, count in runs(rows):
-            device = ring[at * self._row_bytes : (at + count) * self._row_bytes]
-            host = self._host[row * self._row_bytes : (row + count) * self._row_bytes]
-            if way is Way.STORE:
-                host.copy_(device, non_blocking=True)
-            else:
-                device.copy_(host, non_blocking=True)
+    def _stage(self, way: Way, track: _Track, ids: torch.Tensor, rows: Blocks) -> None:
+        """Issue one stage: as much as a ring holds."""
+        while len(track.ends) >= AHEAD:
+            track.ends.popleft().synchronize()
+        turn = track.turn = (track.turn + 1) % RINGS
+        ring, free = track.rings[turn], track.free[turn]
+        first, last = (track.copy, track.kernel) if way is Way.LOAD else (track.kernel, track.copy)
+        if free is not None:
+            first.wait_event(free)
+        middle = torch.cuda.Event()
         if way is Way.LOAD:
-            self._kernel(way, ring, ids, len(rows))
+            self._copy(way, track.copy, ring, rows)
+            middle.record(first)
+            last.wait_event(middle)
+            self._scatter(way, track, ring, ids, len(rows))
+        else:
+            self._scatter(way, track, ring, ids, len(rows))
+            middle.record(first)
+            last.wait_event(middle)
+            self._copy(way, track.copy, ring, rows)
+        end = torch.cuda.Event(blocking=True)
+        end.record(last)
+        track.free[turn] = end
+        track.ends.append(end)
 
-    def _kernel(self, way: Way, ring: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
-        layers = len(self._pages.size)
-        grid = (max(1, rows * layers), triton.cdiv(self._most_words, _BLOCK))
-        sizes = self._tables[2] if rows else torch.zeros_like(self._tables[2])
-        base, stride, _, offset = self._tables
-        _move[grid](
-            base, stride, sizes, offset, ids, ring.view(torch.int64), self._row_bytes // _WORD, layers,
-            TO_PAGES=way is Way.LOAD, BLOCK=_BLOCK,
+    def _copy(self, way: Way, stream: torch.cuda.Stream, ring: torch.Tensor, rows: Blocks) -> None:
+        size = self._row_bytes
+        with torch.cuda.stream(stream):
+            for at, row, count in runs(rows, self._piece * self._pool.shape.blocks_per_slot):
+                device, host = ring[at * size : (at + count) * size], self._host[row * size : (row + count) * size]
+                if way is Way.STORE:
+                    host.copy_(device, non_blocking=True)
+                else:
+                    device.copy_(host, non_blocking=True)
+
+    def _scatter(self, way: Way, track: _Track, ring: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
+        with torch.cuda.stream(track.kernel):
+            self._launch(way, ring, ids, rows)
+
+    def _launch(self, way: Way, ring: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
+        move_pages[(PROGRAMS,)](
+            *self._tables, ids, ring.view(torch.int64), rows, len(self._pages.size), self._row_bytes // WORD,
+            self._chunks, TO_PAGES=way is Way.LOAD, BLOCK=BLOCK,
         )  # fmt: skip
 
 
-def runs(rows: Blocks) -> Iterator[tuple[int, int, int]]:
-    """(position, first row, number of rows) of each stretch of consecutive rows."""
-    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+def runs(rows: Blocks, piece: int) -> Iterator[tuple[int, int, int]]:
+    """(position, first row, number of rows) of each stretch of consecutive rows that stays within one pinned piece of
+    `piece` rows: a copy may not span two."""
+    cuts = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % piece == 0)) + 1
     edges = [0, *cuts.tolist(), len(rows)]
     for start, end in itertools.pairwise(edges):
         if end > start:
             yield start, int(rows[start]), end - start
-
-
-def _pin(pool: HostPool) -> torch.Tensor:
-    """[bytes] the pool as a pinned tensor."""
-    status = torch.cuda.cudart().cudaHostRegister(pool.address, pool.shape.nbytes, 0)
-    if int(status) != 0:
-        raise TransferError(f"cudaHostRegister of {pool.shape.nbytes} bytes failed with {status}; see `ulimit -l`")
-    return torch.from_numpy(pool.bytes)

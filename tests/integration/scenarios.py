@@ -178,6 +178,88 @@ def scenario_many_at_once() -> None:
     e.close()
 
 
+def scenario_requests_for_one_prefix_share_its_load() -> None:
+    e = engine(Setup(blocks=100), slow(0.02, "load"))
+    p = prompt(1, 300)
+    expected = [e.ask(p + prompt(i, 9), max_tokens=5)[0] for i in (2, 3, 4)]
+    e.forget_gpu()
+    e.add(prompt(5, 40), max_tokens=400)  # the engine is busy: loads do not hold up a step
+    e.step()
+    loads, tokens = e.total("num_retrieve_requests"), e.total("num_requested_tokens")
+    together = [e.add(p + prompt(i, 9), max_tokens=5) for i in (2, 3, 4)]
+    e.run(*together)
+    assert [e.outputs[r] for r in together] == expected
+    assert [e.cached[r] for r in together] == [288] * 3
+    assert (e.total("num_retrieve_requests") - loads, e.total("num_requested_tokens") - tokens) == (1, 288)
+    e.abort("r4")
+    e.close()
+
+
+def scenario_a_shared_load_that_fails_or_is_aborted_leaves_nobody_waiting() -> None:
+    for fails in (True, False):
+        failing = Failing()
+        failing.on = False
+        e = engine(Setup(blocks=100), failing)
+        p = prompt(1, 300)
+        expected, _ = e.ask(p, max_tokens=5)
+        e.forget_gpu()
+        other = e.add(prompt(5, 40), max_tokens=400)
+        e.step()
+        failing.on = fails
+        first, second = e.add(p, max_tokens=5), e.add(p, max_tokens=5)
+        e.step()
+        if not fails:
+            e.abort(first)
+        e.run(second, seconds=10)
+        assert e.outputs[second] == expected
+        failing.on = False
+        e.abort(other)
+        e.close()
+
+
+def scenario_without_prefix_caching_each_loads_for_itself() -> None:
+    e = engine(Setup(blocks=100, caching=False), slow(0.01, "load"))
+    p = prompt(1, 300)
+    expected, _ = e.ask(p)
+    e.add(prompt(5, 40), max_tokens=100)
+    e.step()
+    loads = e.total("num_retrieve_requests")
+    both = [e.add(p), e.add(p)]
+    e.run()
+    assert [e.outputs[r] for r in both] == [expected] * 2
+    assert e.total("num_retrieve_requests") - loads == 2
+    e.close()
+
+
+def scenario_only_a_short_load_on_an_idle_engine_is_part_of_its_step() -> None:
+    for most, status in ((288, "RUNNING"), (287, "WAITING_FOR_REMOTE_KVS")):
+        e = engine(Setup(caching=False))
+        p = prompt(1, 300)
+        expected, _ = e.ask(p, max_tokens=3)
+        e.side._most_at_once = most
+        request_id = e.add(p, max_tokens=3)
+        e.step()
+        assert e.scheduler.requests[request_id].status.name == status
+        e.run(request_id)
+        assert (e.outputs[request_id], e.cached[request_id]) == (expected, 288)
+        e.close()
+
+
+def scenario_stores_as_far_as_the_pool_has_grown() -> None:
+    e = engine(Setup(ranks=2, caching=False))
+    pools = [rank.connector._impl._worker._pool for rank in e.ranks]
+    pools[0].grown, pools[1].grown = 64, 2  # chunks; the least counts
+    p = prompt(1, 300)
+    cold, _ = e.ask(p)
+    assert (e.total("num_stored_tokens"), e.total("local_cpu_capacity_count")) == (128, 2)
+    assert e.ask(p) == (cold, 128)
+    pools[1].grown = 64
+    e.ask(p)
+    assert e.total("local_cpu_capacity_count") == 64
+    assert e.ask(p) == (cold, 288)
+    e.close()
+
+
 # -- who may share --------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lmcache_ext.errors import ConfigError, LMCacheError
-from lmcache_ext.transfer import HostPool, rendezvous
+from lmcache_ext.transfer import Growth, HostPool, rendezvous
 from lmcache_ext.transfer.pool import Shape
 from lmcache_ext.transfer.rendezvous import Berth
 
@@ -34,7 +34,7 @@ def test_a_pool_holds_whole_slots() -> None:
 
 
 def _write_elsewhere(path: str, shape: Shape) -> None:
-    HostPool.attach(path, shape).row(3)[:] = 7
+    HostPool.attach(path, shape, member=1).row(3)[:] = 7
 
 
 def test_another_process_maps_the_same_bytes() -> None:
@@ -56,7 +56,20 @@ def test_a_pool_leaves_nothing_in_dev_shm() -> None:
 def test_attach_refuses_another_shape() -> None:
     pool = HostPool.create(Shape(4, 2, 4096), "test")
     with pytest.raises(OSError, match="expected"):
-        HostPool.attach(pool.path, Shape(5, 2, 4096))
+        HostPool.attach(pool.path, Shape(50, 2, 4096), member=1)
+
+
+def test_growth_is_what_every_member_reached() -> None:
+    shape = Shape(5, 3, 100)  # no whole memory page: the words come behind the slots all the same
+    pool = HostPool.create(shape, "test")
+    follower = HostPool.attach(pool.path, shape, member=1)
+    growth = Growth(pool.path, shape, members=2)
+    assert growth.slots() == 0
+    pool.grown, follower.grown = 4, 2
+    assert (growth.slots(), follower.made, pool.maker, follower.maker) == (2, 4, True, False)
+    pool.bytes[:] = 255
+    assert growth.slots() == 2
+    assert Growth(pool.path, shape, members=1).slots() == 4
 
 
 def test_publish_find_retract() -> None:

@@ -28,6 +28,8 @@ class Flight:
     tokens: int
     pinned: list[Any] = field(default_factory=list)  # vLLM's KVCacheBlock, stores only
     replaces: list[bytes] = field(default_factory=list)  # partial chunks that a fuller one makes superfluous
+    end: int = 0  # where a load's tokens end in its request
+    born: float = field(default_factory=time.monotonic)
     steps: int = 0  # that the engine began since it was planned
     deadline: float = float("inf")
     doomed: bool = False  # its bytes must never be seen
@@ -83,6 +85,7 @@ class Flights:
         self._pins = pins
         self._workers = workers
         self._open: dict[int, Flight] = {}
+        self._loading: dict[bytes, Flight] = {}  # the first load under way of each key
         self._next_id = 0
 
     def next_id(self) -> int:
@@ -93,9 +96,29 @@ class Flights:
     def add(self, flight: Flight) -> None:
         """`flight` is on its way to the workers."""
         self._open[flight.plan.id] = flight
+        if flight.plan.way is Way.LOAD:
+            for chunk in flight.chunks:
+                self._loading.setdefault(chunk.key, flight)
 
     def __len__(self) -> int:
         return len(self._open)
+
+    @property
+    def loading(self) -> bool:
+        """Whether a load is under way."""
+        return bool(self._loading)
+
+    def shares(self, request_id: str, key: bytes, local: int, patience: float) -> bool:
+        """Whether another request is loading `key` and will bring tokens behind `local`: once it has, vLLM's own prefix
+        cache serves both. Not if that load is older than `patience` seconds."""
+        flight = self._loading.get(key)
+        return (
+            flight is not None
+            and flight.request_id != request_id
+            and flight.end > local
+            and not flight.doomed
+            and time.monotonic() - flight.born < patience
+        )
 
     @property
     def storing(self) -> bool:
@@ -160,6 +183,9 @@ class Flights:
 
     def _land(self, flight: Flight) -> None:
         if flight.plan.way is Way.LOAD:
+            for chunk in flight.chunks:
+                if self._loading.get(chunk.key) is flight:
+                    del self._loading[chunk.key]
             self._directory.release(flight.chunks)
             return
         ok = not flight.tally.failed and not flight.doomed

@@ -22,7 +22,7 @@ from lmcache_ext.integration.vllm.model import Model, namespace, unsupported
 from lmcache_ext.integration.vllm.policy import recompute_on_failure
 from lmcache_ext.integration.vllm.scheduler import SchedulerSide
 from lmcache_ext.integration.vllm.worker import WorkerSide, rank_of
-from lmcache_ext.transfer import rendezvous
+from lmcache_ext.transfer import Growth, rendezvous
 
 logger = get_logger("connector")
 
@@ -139,7 +139,9 @@ class LMCacheConnectorV1Impl:
         engine_id, model = str(self._transfer_config.engine_id), self._model
         found = [rendezvous.find(engine_id, rank, _FIND_SECONDS) for rank in model.writers]
         pools = [pool for pool in found if pool is not None]
-        if len(pools) < len(found):
+        growth = [Growth(pool.path, pool.shape, model.members) for pool in pools]
+        slots = min(pool.slots for pool in pools) if len(pools) == len(found) else 0
+        if not slots:
             logger.error("only %d of %d workers' pools were found; nothing will be cached", len(pools), len(found))
         rendezvous.retract(engine_id, model.world_size)
         events = getattr(self._vllm_config, "kv_events_config", None)
@@ -147,8 +149,9 @@ class LMCacheConnectorV1Impl:
             self.config,
             block_size=model.block_size,
             workers=model.world_size,
-            slots=min(pool.slots for pool in pools) if len(pools) == len(found) else 0,
-            row_bytes=sum(pool.row_bytes for pool in pools),
+            slots=slots,
+            grown=lambda: min(slots, *(pool.slots() for pool in growth)),
+            row_bytes=[pool.row_bytes for pool in pools],
             root=lambda epoch: namespace(self._vllm_config, model, self.config, pools, epoch).root(),
             events=bool(events and events.enable_kv_cache_events),
             skip_last=self._skip_last(),

@@ -57,6 +57,11 @@ class Model:
         """All ranks that have a pool."""
         return [rank for rank in range(self.world_size) if self.writer(rank) == rank]
 
+    @property
+    def members(self) -> int:
+        """How many ranks map each pool."""
+        return self.tp_size if self.replicated else 1
+
     def blocks_per_chunk(self, config: EngineConfig) -> int:
         """Raises ConfigError unless a chunk is a whole number of blocks."""
         if config.chunk_size % self.block_size:

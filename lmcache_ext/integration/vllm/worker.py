@@ -101,7 +101,7 @@ class WorkerSide:
             raise LMCacheError(
                 f"rank {writer} has rows of {berth.row_bytes} bytes, rank {self._rank} {shape.row_bytes}"
             )
-        return HostPool.attach(berth.path, berth.shape)
+        return HostPool.attach(berth.path, berth.shape, member=self._rank - writer)
 
     # -- one step, in vLLM's order -----------------------------------------------------------------------------------
 
