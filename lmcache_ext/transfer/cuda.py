@@ -4,60 +4,50 @@ ring meets the pinned pool in large copies.
     store: pages ──gather──▶ ring ──DMA──▶ rows of the pool
     load:  rows of the pool ──DMA──▶ ring ──scatter──▶ pages
 
-The kernel runs at device-memory speed, so the link is what counts, whatever the page size. Each way has a lane: a thread
-that issues stages, two streams on which the kernel of one stage runs beside the DMA of the next, and a ring. The thread
-stays a few stages ahead of the link and no more, so that its calls are spread evenly over the time that the copies take
-and the engine's own thread is never held up for long.
+The kernel runs at device-memory speed, so the link is what counts, whatever the page size. The engine's main thread
+prepares a plan as arrays; a lane's thread issues it, stage by stage, in compiled code (`stages.py`).
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 
 from lmcache_ext.errors import TransferError
-from lmcache_ext.transfer.base import Blocks, Way
+from lmcache_ext.transfer.base import Result, Way
 from lmcache_ext.transfer.driver import Driver
 from lmcache_ext.transfer.growth import PoolGrowth, slots_per_piece
 from lmcache_ext.transfer.kernel import BLOCK, WORD, move_pages
 from lmcache_ext.transfer.lanes import Job, LaneTransfer
 from lmcache_ext.transfer.pages import PageTable
 from lmcache_ext.transfer.pool import HostPool
+from lmcache_ext.transfer.stages import Stages, Track, compiled, cut, explain
 
 logger = logging.getLogger("lmcache_ext.transfer")
 
-STAGE_BYTES = 64 << 20
+STAGE_BYTES = 16 << 20  # what a ring slot holds; with RINGS of them the ring stays in the GPU's L2 cache
 RINGS = 2
-AHEAD = 8  # stages issued and not finished: 10 ms of a PCIe 5 link
-PROGRAMS = 64  # of the kernel: enough to outrun the link, few enough to leave the GPU to the engine
+AHEAD_BYTES = 512 << 20  # issued and not finished: 10 ms of a PCIe 5 link
+PROGRAMS = 132  # of the kernel
+_ALIGNED = 256  # bytes: the kernel was compiled for a ring slot that begins at a multiple of 16
+_SPARE_ARGUMENTS = 4  # Triton's kernels take pointers to scratch memory behind their own arguments; ours use none
+_VARY = (4, 5, 6)  # where blocks, ring and rows stand among the kernel's arguments
 
 
 @dataclass
-class _Track:
-    """What one lane's thread works with: a stream for the DMA, one for the kernel, a ring between them."""
+class _Prepared:
+    """What a job carries to the lane's thread."""
 
-    copy: torch.cuda.Stream
-    kernel: torch.cuda.Stream
-    rings: list[torch.Tensor]
-    free: list[torch.cuda.Event | None]  # by ring: when its last stage was done with it
-    ends: deque[torch.cuda.Event] = field(default_factory=deque)  # of the stages under way
-    turn: int = 0
-
-
-@dataclass
-class _Marks:
-    began: torch.cuda.Event
-    ended: torch.cuda.Event
-    keep: list[Any]  # what the copies still read
+    stages: Stages
+    ids: torch.Tensor  # on the GPU
+    began: int
+    ended: int
+    keep: torch.Tensor  # pinned, what `ids` is copied from
 
 
 class CudaTransfer(LaneTransfer):
@@ -74,7 +64,6 @@ class CudaTransfer(LaneTransfer):
         self._pages = pages
         self._pool = pool
         self._device = pages.keep[0].device
-        self._host = torch.from_numpy(pool.bytes)
         self._row_bytes = pool.shape.row_bytes
         self._stage_rows = max(1, STAGE_BYTES // self._row_bytes)
         self._piece = slots_per_piece(pool.shape)
@@ -82,25 +71,44 @@ class CudaTransfer(LaneTransfer):
             torch.from_numpy(table).to(self._device)
             for table in (pages.base, pages.stride, pages.size // WORD, pages.offset // WORD)
         ]
-        self._chunks = triton.cdiv(int(pages.size.max()) // WORD, BLOCK)
-        self._tracks = {way: self._lay() for way in Way}
-        self._warm_up()
+        torch.cuda.current_stream(self._device).synchronize()
         self._driver = Driver()
-        self._growth = PoolGrowth(pool, self._driver.pin, self._enter, self._piece)
+        self._issue_native = compiled(self._driver)
+        self._keep: list[Any] = []  # streams and rings, which native code knows by number
+        self._streams = {way: torch.cuda.Stream(self._device) for way in Way}  # the kernels'
+        self._tracks = {way: self._lay(way) for way in Way}
+        self._events: list[int] = []  # timed, not in use
+        self._growth = PoolGrowth(pool, self._driver.pin, self._driver.enter, self._piece)
         self._open_lanes()
 
-    def _lay(self) -> _Track:
-        rings = [
-            torch.empty(self._stage_rows * self._row_bytes, dtype=torch.uint8, device=self._device) for _ in range(RINGS)
-        ]
-        return _Track(torch.cuda.Stream(self._device), torch.cuda.Stream(self._device), rings, [None] * RINGS)
-
-    def _warm_up(self) -> None:
-        """Compile both kernels before the engine captures graphs: no row is moved."""
-        for way, track in self._tracks.items():
-            with torch.cuda.stream(track.kernel):
-                self._launch(way, track.rings[0], torch.zeros(1, dtype=torch.int64, device=self._device), rows=0)
-        torch.cuda.synchronize(self._device)
+    def _lay(self, way: Way) -> Track:
+        """Streams, ring and kernel of one way. Compiles the kernel: no row is moved."""
+        copy, kernel = torch.cuda.Stream(self._device), self._streams[way]
+        size = -(-self._stage_rows * self._row_bytes // _ALIGNED) * _ALIGNED
+        ring = torch.empty(RINGS * size, dtype=torch.uint8, device=self._device)
+        none = torch.zeros(1, dtype=torch.int64, device=self._device)
+        chunks = triton.cdiv(int(self._pages.size.max()) // WORD, BLOCK)
+        numbers = (0, len(self._pages.size), self._row_bytes // WORD, chunks)
+        torch.cuda.current_stream(self._device).synchronize()
+        with torch.cuda.stream(kernel):
+            made = move_pages[(PROGRAMS,)](
+                *self._tables, none, ring.view(torch.int64), *numbers, TO_PAGES=way is Way.LOAD, BLOCK=BLOCK
+            )
+        kernel.synchronize()
+        self._keep += [copy, ring, made]
+        return Track(
+            copy=copy.cuda_stream,
+            kernel=kernel.cuda_stream,
+            rings=[ring.data_ptr() + i * size for i in range(RINGS)],
+            event=self._driver.new_event,
+            ahead=max(RINGS, AHEAD_BYTES // size),
+            function=made.function,
+            programs=PROGRAMS,
+            threads=32 * made.metadata.num_warps,
+            shared=made.metadata.shared,
+            arguments=[*(t.data_ptr() for t in self._tables), 0, 0, *numbers, *[0] * _SPARE_ARGUMENTS],
+            vary=_VARY,
+        )
 
     # -- the main thread ---------------------------------------------------------------------------------------------
 
@@ -109,15 +117,33 @@ class CudaTransfer(LaneTransfer):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def poll(self) -> list[Result]:
+        self._growth.beat()
+        return super().poll()
+
+    def _prepare(self, job: Job) -> None:
+        plan = job.plan
+        piece_rows = self._piece * self._pool.shape.blocks_per_slot
+        stages = cut(plan.rows, self._stage_rows, piece_rows, self._row_bytes, self._pool.address)
+        blocks = torch.from_numpy(plan.blocks).pin_memory()
+        with torch.cuda.stream(self._streams[plan.way]):
+            ids = blocks.to(self._device, non_blocking=True)
+        job.carries = _Prepared(stages, ids, self._event(), self._event(), blocks)
+
+    def _event(self) -> int:
+        return self._events.pop() if self._events else self._driver.new_event(timed=True)
+
     def _over(self, job: Job) -> bool:
-        if not job.marks.ended.query():
+        done: _Prepared = job.carries
+        if not self._driver.reached(done.ended):
             return False
         job.nbytes = len(job.plan.blocks) * self._row_bytes
-        job.seconds = job.marks.began.elapsed_time(job.marks.ended) / 1e3
+        job.seconds = self._driver.seconds(done.began, done.ended)
+        self._events += [done.began, done.ended]
         return True
 
     def _order(self, job: Job) -> None:
-        torch.cuda.current_stream(self._device).wait_event(job.marks.ended)
+        self._driver.order(torch.cuda.current_stream(self._device).cuda_stream, job.carries.ended)
 
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -136,79 +162,15 @@ class CudaTransfer(LaneTransfer):
 
     def _enter(self) -> None:
         self._driver.enter()
-        torch.cuda.set_device(self._device)
 
     def _issue(self, job: Job) -> None:
-        plan, track = job.plan, self._tracks[job.plan.way]
-        try:
-            first, last = (track.copy, track.kernel) if plan.way is Way.LOAD else (track.kernel, track.copy)
-            first.wait_event(job.after)
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record(first)
-            blocks = torch.from_numpy(plan.blocks).pin_memory()
-            with torch.cuda.stream(track.kernel):
-                ids = blocks.to(self._device, non_blocking=True)
-            for start in range(0, len(plan.blocks), self._stage_rows):
-                rows = plan.rows[start : start + self._stage_rows]
-                self._stage(plan.way, track, ids[start : start + len(rows)], rows)
-            ended.record(last)
-            job.marks = _Marks(began, ended, [blocks, ids])
-        except Exception:
-            track.copy.synchronize()  # what was issued of it must be over before its blocks are given back
-            track.kernel.synchronize()
-            raise
-
-    def _stage(self, way: Way, track: _Track, ids: torch.Tensor, rows: Blocks) -> None:
-        """Issue one stage: as much as a ring holds."""
-        while len(track.ends) >= AHEAD:
-            track.ends.popleft().synchronize()
-        turn = track.turn = (track.turn + 1) % RINGS
-        ring, free = track.rings[turn], track.free[turn]
-        first, last = (track.copy, track.kernel) if way is Way.LOAD else (track.kernel, track.copy)
-        if free is not None:
-            first.wait_event(free)
-        middle = torch.cuda.Event()
-        if way is Way.LOAD:
-            self._copy(way, track.copy, ring, rows)
-            middle.record(first)
-            last.wait_event(middle)
-            self._scatter(way, track, ring, ids, len(rows))
-        else:
-            self._scatter(way, track, ring, ids, len(rows))
-            middle.record(first)
-            last.wait_event(middle)
-            self._copy(way, track.copy, ring, rows)
-        end = torch.cuda.Event(blocking=True)
-        end.record(last)
-        track.free[turn] = end
-        track.ends.append(end)
-
-    def _copy(self, way: Way, stream: torch.cuda.Stream, ring: torch.Tensor, rows: Blocks) -> None:
-        size = self._row_bytes
-        with torch.cuda.stream(stream):
-            for at, row, count in runs(rows, self._piece * self._pool.shape.blocks_per_slot):
-                device, host = ring[at * size : (at + count) * size], self._host[row * size : (row + count) * size]
-                if way is Way.STORE:
-                    host.copy_(device, non_blocking=True)
-                else:
-                    device.copy_(host, non_blocking=True)
-
-    def _scatter(self, way: Way, track: _Track, ring: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
-        with torch.cuda.stream(track.kernel):
-            self._launch(way, ring, ids, rows)
-
-    def _launch(self, way: Way, ring: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
-        move_pages[(PROGRAMS,)](
-            *self._tables, ids, ring.view(torch.int64), rows, len(self._pages.size), self._row_bytes // WORD,
-            self._chunks, TO_PAGES=way is Way.LOAD, BLOCK=BLOCK,
+        track, given, parts = self._tracks[job.plan.way], job.carries, job.carries.stages
+        code = self._issue_native(
+            job.plan.way is Way.LOAD, job.after.cuda_event, given.began, given.ended, given.ids.data_ptr(),
+            parts.stages, parts.runs, parts.first, track.fixed, track.rings, track.middle, track.free, track.end,
+            track.arguments, track.issued,
         )  # fmt: skip
-
-
-def runs(rows: Blocks, piece: int) -> Iterator[tuple[int, int, int]]:
-    """(position, first row, number of rows) of each stretch of consecutive rows that stays within one pinned piece of
-    `piece` rows: a copy may not span two."""
-    cuts = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % piece == 0)) + 1
-    edges = [0, *cuts.tolist(), len(rows)]
-    for start, end in itertools.pairwise(edges):
-        if end > start:
-            yield start, int(rows[start]), end - start
+        if code:
+            for stream in track.fixed[:2].tolist():  # what was issued must be over before its blocks are given back
+                self._driver.finish(stream)
+            raise self._driver.error(*explain(code))

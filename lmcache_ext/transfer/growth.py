@@ -24,7 +24,9 @@ logger = logging.getLogger("lmcache_ext.transfer")
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _PIECE_BYTES = 256 << 20  # page-locking a piece holds up the driver's other callers meanwhile
 _MOST_THREADS = 8
-_WAIT_SECONDS = 0.02  # between looks at the pool's maker
+_WAIT_SECONDS = 0.02  # between looks: at the pool's maker, at whether the engine is busy
+_BUSY_SECONDS = 0.1  # an engine that took a step within this time is busy
+_BUSY_SHARE = 0.01  # of the time that pinning may take while it is: the driver's other callers wait meanwhile
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,9 +49,7 @@ class PoolGrowth:
         piece: slots that are grown at once, see `slots_per_piece`.
     """
 
-    def __init__(
-        self, pool: HostPool, pin: Callable[[int, int], None], enter: Callable[[], None], piece: int
-    ) -> None:
+    def __init__(self, pool: HostPool, pin: Callable[[int, int], None], enter: Callable[[], None], piece: int) -> None:
         self._pool, self._pin, self._enter, self._piece = pool, pin, enter, piece
         self._count = -(-pool.shape.slots // piece)
         self._next = 0  # guarded by _lock; the next piece to take
@@ -58,12 +58,19 @@ class PoolGrowth:
         self._lock, self._pinning = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
         self._began = time.monotonic()
+        self._last_step = -_BUSY_SECONDS
         if pool.maker:
             _libc.madvise(ctypes.c_void_p(pool.address), ctypes.c_size_t(pool.shape.words_at), _MADV_HUGEPAGE)
         wanted = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2), self._count) if pool.maker else 1
-        self._threads = [threading.Thread(target=self._run, name=f"lmcache-pool-{i}", daemon=True) for i in range(wanted)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"lmcache-pool-{i}", daemon=True) for i in range(wanted)
+        ]
         for thread in self._threads:
             thread.start()
+
+    def beat(self) -> None:
+        """The engine takes a step."""
+        self._last_step = time.monotonic()
 
     def close(self, timeout: float) -> list[int]:
         """Stop after the pieces under way. Returns the addresses that were pinned; they stay so."""
@@ -107,6 +114,12 @@ class PoolGrowth:
         stop = end * size if end < self._pool.shape.slots else self._pool.shape.words_at
         return self._pool.address + first * size, stop - first * size
 
+    def _rest(self, taken: float) -> None:
+        """After `taken` seconds that the engine may have felt: wait as long as it stays busy, and its share allows."""
+        until = time.monotonic() + taken / _BUSY_SHARE
+        while not self._stop.is_set() and time.monotonic() < min(until, self._last_step + _BUSY_SECONDS):
+            time.sleep(_WAIT_SECONDS)
+
     def _take(self, piece: int) -> None:
         if not self._pool.maker:
             while self._pool.made < self._span(piece)[1] and not self._stop.is_set():
@@ -119,7 +132,7 @@ class PoolGrowth:
                 raise OSError(code, f"no memory for the next {nbytes >> 20} MiB: {os.strerror(code)}")
 
     def _lock_down(self) -> None:
-        """Pin what was populated, in order, and say so. Whoever comes while another does leaves its piece to that one."""
+        """Pin what was populated, in order, and say so. Who comes while another does leaves its piece to that one."""
         while self._pinning.acquire(blocking=False):
             try:
                 while not self._stop.is_set():
@@ -128,7 +141,9 @@ class PoolGrowth:
                         if piece not in self._taken:
                             break
                         self._taken.discard(piece)
+                    began = time.monotonic()
                     self._pin(*self._bytes(piece))
+                    self._rest(time.monotonic() - began)
                     self._pinned.append(self._bytes(piece)[0])
                     self._pool.grown = self._span(piece)[1]
                     if piece + 1 == self._count:

@@ -37,7 +37,7 @@ class Job:
     error: str = ""  # set before `issued`
     nbytes: int = 0
     seconds: float = 0.0
-    marks: Any = None  # the plane's own
+    carries: Any = None  # what the plane prepared
 
 
 class Lane:
@@ -105,6 +105,9 @@ class LaneTransfer(Transfer):
     def _enter(self) -> None:
         """In a lane's thread, before its first job."""
 
+    def _prepare(self, job: Job) -> None:
+        """In the main thread, before the job is put: what the lane's thread would need the GIL for."""
+
     @abstractmethod
     def _issue(self, job: Job) -> None:
         """In the lane's thread: issue the copies of `job.plan` behind `job.after`. On an exception nothing of it may
@@ -125,7 +128,12 @@ class LaneTransfer(Transfer):
             timeout = self._load_timeout if plan.way is Way.LOAD else float("inf")
             job = Job(plan, after, time.monotonic() + timeout)
             self._open[plan.way].append(job)
-            self._lanes[plan.way].put(job)
+            try:
+                self._prepare(job)
+            except Exception as fault:
+                self._fail(job, fault)
+            else:
+                self._lanes[plan.way].put(job)
 
     def join(self, ids: Collection[int]) -> None:
         for job in self._open[Way.LOAD]:
@@ -164,6 +172,10 @@ class LaneTransfer(Transfer):
             try:
                 self._issue(job)
             except Exception as fault:
-                logger.exception("%s of plan %d failed", job.plan.way.value, job.plan.id)
-                job.error = f"{type(fault).__name__}: {fault}"
+                self._fail(job, fault)
+        job.issued.set()
+
+    def _fail(self, job: Job, fault: Exception) -> None:
+        logger.error("%s of plan %d failed", job.plan.way.value, job.plan.id, exc_info=fault)
+        job.error = f"{type(fault).__name__}: {fault}"
         job.issued.set()

@@ -1,8 +1,8 @@
 """The host pool: one anonymous shared-memory segment per rank, divided into slots.
 
-A slot holds one chunk: `blocks_per_slot` rows, each the bytes of one block of all layers. Behind the slots comes one page
-of words, one for each rank that maps the segment: how many slots that rank can copy to and from by now. The segment is a
-memfd: it is not bounded by /dev/shm, other processes of the same user map it through /proc/<pid>/fd/<fd>, and nothing
+A slot holds one chunk: `blocks_per_slot` rows, each the bytes of one block of all layers. Behind the slots comes a page
+of words, one for each rank that maps the segment: how many slots that rank can copy to and from by now. The segment is
+a memfd: it is not bounded by /dev/shm, other processes of the same user map it through /proc/<pid>/fd/<fd>, and nothing
 is left behind when its last user ends, however that comes about.
 """
 

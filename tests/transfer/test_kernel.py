@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton comes with the locked packages; an install without it has no CUDA plane")
 
-from lmcache_ext.transfer import PageTable  # noqa: E402 - only where there is Triton
+from lmcache_ext.transfer import PageTable
 
 BLOCKS = 12
 
@@ -44,7 +44,9 @@ def memory(layout: str) -> dict[str, torch.Tensor]:
     if layout == "block":
         store = torch.randint(0, 1 << 15, (BLOCKS, 3, 4, 16, 80), dtype=torch.int16)
         return {f"l{i}": store[:, i] for i in range(3)}
-    return {f"l{i}": torch.randint(0, 1 << 15, (BLOCKS, 4, 16, 80 - 40 * (i == 2)), dtype=torch.int16) for i in range(3)}
+    return {
+        f"l{i}": torch.randint(0, 1 << 15, (BLOCKS, 4, 16, 80 - 40 * (i == 2)), dtype=torch.int16) for i in range(3)
+    }
 
 
 def bytes_of(kv: dict[str, torch.Tensor], block: int) -> np.ndarray:

@@ -28,8 +28,8 @@ from lmcache_ext.transfer.base import Plan, Way
 
 logger = get_logger("scheduler")
 
-# A load within the step keeps newcomers from starting theirs until it is over. Beyond this many bytes a rank, some 20 ms
-# of a PCIe 5 link, that costs more than the 2 ms that a load between steps takes to be noticed.
+# A load within the step keeps newcomers from starting theirs until it is over. Beyond this many bytes a rank, some
+# 20 ms of a PCIe 5 link, that costs more than the 2 ms that a load between steps takes to be noticed.
 _SYNC_BYTES = 1 << 30
 _COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
