@@ -49,7 +49,7 @@ class EngineConfig(BaseSettings):
     load_timeout_secs: Annotated[float, Field(gt=0)] = 30.0
     """seconds after which a load that has not begun is given up and its tokens are computed"""
     max_pinned_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """share of the GPU's blocks that stores under way may hold once their request is gone"""
+    """share of the GPU's blocks that stores under way may hold once their request is gone, also when few are free"""
     enable_blending: Literal[False] = False
 
     @classmethod

@@ -30,9 +30,9 @@ from lmcache_ext.transfer.stages import Stages, Track, compiled, cut, explain
 
 logger = logging.getLogger("lmcache_ext.transfer")
 
-STAGE_BYTES = 16 << 20  # what a ring slot holds; with RINGS of them the ring stays in the GPU's L2 cache
+STAGE_BYTES = 64 << 20  # what a ring slot holds
 RINGS = 2
-AHEAD_BYTES = 512 << 20  # issued and not finished: 10 ms of a PCIe 5 link
+AHEAD_BYTES = 256 << 20  # issued and not finished: 5 ms of a PCIe 5 link
 PROGRAMS = 132  # of the kernel
 _ALIGNED = 256  # bytes: the kernel was compiled for a ring slot that begins at a multiple of 16
 _SPARE_ARGUMENTS = 4  # Triton's kernels take pointers to scratch memory behind their own arguments; ours use none

@@ -537,6 +537,16 @@ def scenario_slow_stores_do_not_starve_the_engine() -> None:
     e.close()
 
 
+def scenario_short_requests_are_stored_whole_while_blocks_are_free() -> None:
+    e = engine(Setup(blocks=400), slow(0.05, "store"))
+    for i in range(12):  # 9 blocks each, gone long before their store is: 5 % of all blocks are 20
+        e.run(e.add(prompt(i, 300)))
+    assert e.total("pinned_gpu_blocks") > 20
+    e.drain()
+    assert (e.total("num_skipped_store_tokens"), e.total("num_stored_tokens")) == (0, 12 * 288)
+    e.close()
+
+
 def scenario_hung_store_gives_its_blocks_back() -> None:
     e = engine(Setup(caching=False, budget=512, extra={"lmcache.store_timeout_secs": 0.2}), slow(1.0, "store"))
     p = prompt(1, 300)

@@ -40,8 +40,10 @@ class Pins:
     """References on the GPU's blocks, so that a source isn't reused while it is copied.
 
     A pin on a live request's block costs nothing. Once the request is gone, vLLM still counts the block as used, both
-    when a running request grows and at admission. So while more than `fraction` of all blocks are held by nothing but a
-    store, no further store is planned; those under way end in milliseconds, or at their deadline.
+    when a running request grows and at admission. So while blocks that nothing but a store holds are more than
+    `fraction` of all blocks, and more than half as many as are free, no further store is planned; those under way end
+    in milliseconds, or at their deadline. Where much is free they cost nobody anything, and requests that come and go
+    within a step or two, before the completion of their stores is noticed, are stored whole.
     """
 
     def __init__(self, fraction: float) -> None:
@@ -59,7 +61,8 @@ class Pins:
         if self._pool is None:
             return False
         orphans = sum(1 for blocks in self._held for block in blocks if block.ref_cnt == 1)
-        return bool(orphans <= self._fraction * self._pool.num_gpu_blocks)
+        few = self._fraction * self._pool.num_gpu_blocks
+        return bool(orphans <= max(few, self._pool.get_num_free_blocks() // 2))
 
     def pin(self, block_ids: Iterable[int]) -> list[Any]:
         """Hold these blocks until `unpin`."""
