@@ -65,7 +65,8 @@ class Served:
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
 
     def prompt(self, seed: int, length: int, head: int = 0, head_length: int = 0) -> dict[str, list[int]]:
-        """`length` token ids that no other seed has, behind `head_length` ids of the seed `head`."""
+        """`length` token ids that no other seed has, behind `head_length` ids of the seed `head`. A longer prompt of
+        the same seeds begins with the shorter one."""
         ids = [
             rng.randrange(10, self.vocabulary - 10)
             for rng, count in ((random.Random(head), head_length), (random.Random(seed), length))
@@ -83,6 +84,32 @@ class Served:
         answers = self.llm.generate(made, params, use_tqdm=False)
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "cached": sum(a.num_cached_tokens or 0 for a in answers)}
+
+    def stream(self, prompts: list[list[int]], at_once: int, tokens: int) -> dict[str, Any]:
+        """Send `prompts` with `at_once` under way: seconds from sending each to its first token, seconds for all, and
+        how many of their tokens were not computed."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
+        waiting = [self.prompt(*spec) for spec in prompts]
+        total = sum(len(p["prompt_token_ids"]) for p in waiting)
+        sent: dict[str, float] = {}
+        first: dict[str, float] = {}
+        cached, began, live = 0, time.perf_counter(), 0
+        while waiting or live:
+            while waiting and live < at_once:
+                name = f"{len(sent)}-{time.time_ns()}"
+                sent[name] = time.perf_counter()
+                engine.add_request(name, waiting.pop(0), params)
+                live += 1
+            for output in engine.step():
+                first.setdefault(output.request_id, time.perf_counter() - sent[output.request_id])
+                if output.finished:
+                    live -= 1
+                    cached += output.num_cached_tokens or 0
+        seconds = time.perf_counter() - began
+        return {"first": list(first.values()), "seconds": seconds, "cached": cached, "tokens": total}
 
     def forget(self) -> dict[str, Any]:
         """Empty vLLM's own prefix cache. It refuses while a connector still reads blocks."""
