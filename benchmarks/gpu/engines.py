@@ -177,6 +177,8 @@ def figures(run: Run, bytes_a_token: float) -> list[str]:
             if what.startswith("warm"):
                 speed = run.cached[name, what] * bytes_a_token / interval(times)[0] / 1e9
                 cell += f", {speed:.1f} GB/s"
+            if what == "decode beside loads":
+                cell += f", {run.cached[name, what]} tokens of others not computed"
             if longest := run.longest.get((name, what)):
                 cell += f", longest step {max(longest) * 1e3:.0f}"
             cells.append(cell)
