@@ -8,7 +8,8 @@
 #   ENABLE_LMCACHE   0 serves without the cache (default 1)
 #   LMCACHE_*        settings of the cache; README.md has the table
 #   DYN_SYSTEM_PORT  of the worker's health and metrics (default 8081)
-#   DYN_DISCOVERY_BACKEND  file (default: one machine, nothing to start) or etcd (then NATS carries the requests)
+#   DYN_DISCOVERY_BACKEND  file (default: one machine, nothing to start) or etcd (then NATS carries requests and events;
+#                    both are started on loopback where they are installed and do not run)
 #   VENV, DEVICE     see launch/setup.sh
 #   LOG_DIR          where the logs go (default: a temporary folder, removed on Ctrl-C)
 #
@@ -22,16 +23,14 @@ case ${1-} in -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOU
 export ENABLE_LMCACHE=${ENABLE_LMCACHE:-1}
 set_up
 choose_model "$@"
-choose_network
+choose_network 1
 # Nobody listens to a single worker's events, and Dynamo's ZMQ publisher would listen on all interfaces.
 if [ "$DYN_DISCOVERY_BACKEND" = file ]; then export DYN_VLLM_PUBLISH_KV_EVENTS=${DYN_VLLM_PUBLISH_KV_EVENTS:-0}; fi
-check_machine
 open_run
-# -P: the current folder may hold modules with the names of others.
-# The system port is the worker's: without it the frontend opens none.
-start frontend env -u DYN_SYSTEM_PORT \
-    "$VENV/bin/python" -P -m dynamo_lmcache.frontend --http-host "$HTTP_HOST" --http-port "$HTTP_PORT"
-start worker "$VENV/bin/python" -P -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "$@"
+start_services
+check_machine
+start_frontend --router-mode round-robin
+start_worker worker 0 "$@"
 wait_until_listed
 show_example
 say "Ctrl-C stops it"

@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Shared by the scripts in this folder, which source it. Defines functions and variables, does nothing by itself.
 #
-# A script calls, in this order: set_up; choose_model "$@"; choose_network; check_machine; open_run; start NAME CMD...
-# for each process; wait_until_listed; supervise. Whatever it started ends with it.
+# A script calls, in this order: set_up; choose_model "$@"; choose_network WORKERS; open_run; start_services;
+# check_machine; start_frontend and start_worker for each process; wait_until_listed; supervise. Whatever it started ends
+# with it.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=${VENV:-$ROOT/.venv}
@@ -70,8 +71,11 @@ choose_model() {
     export MODEL
 }
 
-# Ports and discovery. That everything else stays on loopback is in backends/vllm/settings.py, for all who start it.
+# Ports and discovery, for $1 workers: their system ports are DYN_SYSTEM_PORT and those that follow it. That everything
+# else stays on loopback is in backends/vllm/settings.py, for all who start it.
 choose_network() {
+    WORKERS=$1
+    [[ $WORKERS =~ ^[1-9][0-9]*$ ]] || die "$WORKERS workers: the number of workers must be 1 or more"
     export HTTP_HOST=${HTTP_HOST:-127.0.0.1} HTTP_PORT=${HTTP_PORT:-8000} DYN_SYSTEM_PORT=${DYN_SYSTEM_PORT:-8081}
     export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
     if [ "$DYN_DISCOVERY_BACKEND" = etcd ]; then
@@ -82,9 +86,48 @@ choose_network() {
     export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS:-1}
 }
 
+listens() { # listens URL DEFAULT_PORT: whether something accepts connections there
+    local address=${1#*://} host port
+    host=${address%%:*} port=${address##*:}
+    [ "$port" != "$address" ] || port=$2
+    (exec 3<>"/dev/tcp/$host/${port%%/*}") 2>/dev/null
+}
+
+start_service() { # start_service NAME DEBIAN_PACKAGE VARIABLE URL PORT COMMAND...: unless it runs already
+    local name=$1 package=$2 variable=$3 url=$4 port=$5 deadline
+    shift 5
+    ! listens "$url" "$port" || return 0
+    case $url in *127.0.0.1:"$port" | *localhost:"$port") ;; *) return 0 ;; esac # somebody else's: doctor complains
+    command -v "$1" >/dev/null || { say "$name is not installed (Debian's $package), and nothing answers at $variable=$url"; return 0; }
+    start "$name" "$@"
+    deadline=$((SECONDS + 20))
+    until listens "$url" "$port"; do
+        check_alive
+        [ "$SECONDS" -lt "$deadline" ] || give_up $((${#PIDS[@]} - 1)) "$name does not listen at $url"
+        sleep 0.2
+    done
+}
+
+# With DYN_DISCOVERY_BACKEND=etcd: etcd and NATS on loopback, where they are installed and do not run yet.
+start_services() {
+    [ "$DYN_DISCOVERY_BACKEND" = etcd ] || return 0
+    export ETCD_ENDPOINTS=${ETCD_ENDPOINTS:-http://127.0.0.1:2379} NATS_SERVER=${NATS_SERVER:-nats://127.0.0.1:4222}
+    start_service etcd etcd-server ETCD_ENDPOINTS "${ETCD_ENDPOINTS%%,*}" 2379 \
+        etcd --data-dir "$RUN_DIR/etcd" --listen-client-urls http://127.0.0.1:2379 \
+        --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:0
+    if [ "$DYN_REQUEST_PLANE" = nats ] || [ "$DYN_EVENT_PLANE" = nats ]; then
+        start_service nats nats-server NATS_SERVER "$NATS_SERVER" 4222 \
+            nats-server --addr 127.0.0.1 --port 4222 --jetstream --store_dir "$RUN_DIR/nats"
+    fi
+}
+
 check_machine() {
-    "$VENV/bin/lmcache-ext" doctor --quiet || die "not started: see the lines marked fail" \
-        "all checks: $VENV/bin/lmcache-ext doctor"
+    local more=() i
+    for ((i = 1; i < WORKERS; i++)); do more+=(--port $((DYN_SYSTEM_PORT + i))); done
+    "$VENV/bin/lmcache-ext" doctor --quiet "${more[@]}" && return
+    stop_all
+    rm -rf "$RUN_DIR"
+    die "not started: see the lines marked fail" "all checks: $VENV/bin/lmcache-ext doctor"
 }
 
 open_run() { # a private folder for logs and file discovery; from here on, leaving the script stops what it started
@@ -107,6 +150,46 @@ start() { # start NAME COMMAND...
     say "starting $name (log: $LOG_DIR/$name.log)"
     setpriv --pdeathsig TERM setsid "$@" >"$LOG_DIR/$name.log" 2>&1 </dev/null &
     NAMES+=("$name") PIDS+=($!)
+}
+
+# -P: the current folder may hold modules with the names of others.
+# The system port is the worker's: without it the frontend opens none.
+start_frontend() { # start_frontend FLAGS...
+    start frontend env -u DYN_SYSTEM_PORT \
+        "$VENV/bin/python" -P -m dynamo_lmcache.frontend --http-host "$HTTP_HOST" --http-port "$HTTP_PORT" "$@"
+}
+
+# A worker, with its share of the machine: on CPUs its cores, on GPUs a card of its own or, where there are fewer, a part.
+start_worker() { # start_worker NAME INDEX FLAGS...; INDEX from 0 to WORKERS - 1
+    local name=$1 index=$2 share=() cores gpus
+    shift 2
+    local port=$((DYN_SYSTEM_PORT + index))
+    if [ "$WORKERS" -gt 1 ] && [ "$device" = cpu ] && [ -z "${VLLM_CPU_OMP_THREADS_BIND:-}" ]; then
+        cores=$(nproc)
+        local first=$((index * cores / WORKERS)) last=$(((index + 1) * cores / WORKERS - 1))
+        [ "$last" -ge "$first" ] || last=$first
+        if [ "$first" = "$last" ]; then share+=(VLLM_CPU_OMP_THREADS_BIND="$first"); else
+            share+=(VLLM_CPU_OMP_THREADS_BIND="$first-$last"); fi
+    elif [ "$WORKERS" -gt 1 ] && [ "$device" = cuda ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        gpus=$(nvidia-smi -L | wc -l)
+        share+=(CUDA_VISIBLE_DEVICES=$((index % gpus)))
+        if [ "$WORKERS" -gt "$gpus" ] && [ -z "$(flag_value --gpu-memory-utilization "$@")" ]; then
+            set -- "$@" --gpu-memory-utilization "$(awk "BEGIN { printf \"%.2f\", 0.9 / int(($WORKERS + $gpus - 1) / $gpus) }")"
+        fi
+    fi
+    start "$name" env DYN_SYSTEM_PORT="$port" "${share[@]}" \
+        "$VENV/bin/python" -P -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "$@"
+}
+
+wait_until_ready() { # wait_until_ready INDEX: that worker's health check answers
+    local begin=$SECONDS url=http://127.0.0.1:$((DYN_SYSTEM_PORT + $1))/health
+    until "$VENV/bin/python" -I -S -c 'import sys, urllib.request as u
+u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=5)' "$url" 2>/dev/null; do
+        check_alive
+        [ $((SECONDS - begin)) -lt "$START_TIMEOUT_S" ] ||
+            give_up $((${#PIDS[@]} - 1)) "no worker is ready at $url after $START_TIMEOUT_S s (START_TIMEOUT_S)"
+        sleep 0.5
+    done
 }
 
 group_alive() { kill -0 -- "-$1" 2>/dev/null; }

@@ -37,12 +37,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser("doctor", help="check GPU, memory, ports, versions and settings", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.add_argument("--quiet", action="store_true", help="leave out what is ok")
+    parser.add_argument("--port", type=int, action="append", default=[], help="also look at this system port")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any of them is a `fail`."""
-    findings = examine(os.environ)
+    findings = [*examine(os.environ), *network.check_more_ports(os.environ, args.port)]
     failed = any(finding.level is Level.FAIL for finding in findings)
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [finding.as_dict() for finding in findings]}, indent=2))

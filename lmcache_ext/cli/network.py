@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import psutil
@@ -29,6 +29,16 @@ def check_ports(env: Mapping[str, str]) -> Iterator[Finding]:
             continue
         taken[value] = variable
         yield _port(variable, value, hosts[variable])
+
+
+def check_more_ports(env: Mapping[str, str], ports: Iterable[int]) -> Iterator[Finding]:
+    """Whether the system ports of further workers are free."""
+    host = env.get("DYN_SYSTEM_HOST") or LOOPBACK
+    for port in ports:
+        if str(port) == (env.get("HTTP_PORT") or PORTS["HTTP_PORT"]):
+            yield fail("port", f"system port {port}: HTTP_PORT has that port", "set HTTP_PORT to another one")
+        else:
+            yield _port("DYN_SYSTEM_PORT", str(port), host)
 
 
 def _port(variable: str, value: str, host: str) -> Finding:

@@ -27,10 +27,10 @@ def environment(tmp_path: Path, **env: str) -> dict[str, str]:
     return {**mine, "HTTP_PORT": str(free_port()), "DYN_SYSTEM_PORT": str(free_port()), **env}
 
 
-def refused(tmp_path: Path, *flags: str, **env: str) -> str:
+def refused(tmp_path: Path, *flags: str, script: str = SCRIPT.name, **env: str) -> str:
     (tmp_path / "config.json").write_text("{}")
     done = subprocess.run(
-        [SCRIPT, *flags],
+        [SCRIPT.parent / script, *flags],
         env=environment(tmp_path, **env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,21 +90,42 @@ def test_a_small_dev_shm(tmp_path):
 
 
 def test_etcd_that_does_not_answer(tmp_path):
-    output = refused(tmp_path, DYN_DISCOVERY_BACKEND="etcd", ETCD_ENDPOINTS=f"http://127.0.0.1:{free_port()}")
+    elsewhere = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{free_port()}", "NATS_SERVER": f"nats://127.0.0.1:{free_port()}"}
+    output = refused(tmp_path, DYN_DISCOVERY_BACKEND="etcd", **elsewhere)
     assert "etcd at http://127.0.0.1:" in output
     assert "nats at" in output  # etcd brings NATS, unless told otherwise
 
 
-def test_help_shows_the_variables(tmp_path):
-    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, timeout=20, check=False)
+SCRIPTS = sorted(path.name for path in SCRIPT.parent.glob("*_*.sh"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_the_variables(name):
+    done = subprocess.run([SCRIPT.parent / name, "--help"], capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 0
     assert "HTTP_PORT" in done.stdout and "set -e" not in done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != SCRIPT.name])
+def test_a_taken_port_of_a_second_worker(tmp_path, name):
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        output = refused(tmp_path, script=name, DYN_SYSTEM_PORT=str(port - 1))
+    assert f"port {port} on 127.0.0.1 can't be used" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [("agg_router.sh", "WORKERS"), ("disagg_router.sh", "PREFILL_WORKERS"), ("disagg_router.sh", "DECODE_WORKERS")],
+)
+def test_a_strange_number_of_workers(tmp_path, name, variable):
+    assert "must be 1 or more" in refused(tmp_path, script=name, **{variable: "none"})
 
 
 STUBS = """
 source {lib}
 device=cpu MODEL=x SERVED_NAME=x
-choose_network
+choose_network 1
 open_run
 start first {python} -c "import time; time.sleep(600)"
 start second bash -c "{second}"
