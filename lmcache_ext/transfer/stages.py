@@ -85,7 +85,7 @@ class Track:
         self.issued = np.zeros(1, dtype=np.int64)  # stages, ever
 
 
-def loop(driver: Any) -> Issue:
+def loop(driver: Any) -> Issue:  # long: it compiles as a whole, and a function for each step would hide the order
     """The loop, in Python; `compiled` is what runs. `driver` has the calls."""
     wait_event: Call = driver.wait_event
     record: Call = driver.record
@@ -94,7 +94,7 @@ def loop(driver: Any) -> Issue:
     copy_out: Call = driver.copy_out
     launch: Call = driver.launch
 
-    def issue(  # one loop that compiles as a whole: a function for each step would hide the order  # long: see above
+    def issue(  # long: as above
         load: bool, after: int, began: int, ended: int, blocks: int, stages: Ints, runs: Ints, first_row: Ints,
         fixed: Ints, rings: Ints, middle: Ints, free: Ints, end: Ints, arguments: Ints, issued: Ints,
     ) -> int:  # fmt: skip

@@ -6,7 +6,6 @@ vLLM: the connector wraps every hook. What each hook does and why stands in docs
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from lmcache_ext.events import EventLog, Tier
 from lmcache_ext.integration.vllm.events import announce
 from lmcache_ext.integration.vllm.flights import Flight, Flights, Pins
 from lmcache_ext.integration.vllm.log import get_logger
+from lmcache_ext.integration.vllm.lookup import Finder
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.requests import Match, Tracker, track
 from lmcache_ext.integration.vllm.stores import Storer
@@ -70,7 +70,6 @@ class SchedulerSide:
         self._bpc = config.chunk_size // block_size
         self._root_of, self._epoch = root, 0
         self._root: bytes = root(0)
-        self._skip_last = skip_last
         self._stores, self._loads = stores and config.local_cpu, loads and config.local_cpu
         self._row_bytes = sum(row_bytes)
         self._most_at_once = _SYNC_BYTES // max(row_bytes, default=1) * block_size
@@ -82,6 +81,7 @@ class SchedulerSide:
         self.pins = Pins(config.max_pinned_fraction)
         self.flights = Flights(self.directory, self.pins, workers, config.store_timeout_secs)
         self._storer = Storer(self.directory, self.flights, self.pins, self.recorder, config, block_size, events)
+        self._finder = Finder(self.directory, self.recorder, config, block_size, skip_last)
         self._trackers: dict[str, Tracker] = {}
         self._running: set[str] = set()  # requests that were scheduled and are not finished or preempted
         self._meta = StepMeta()  # of the step that is being scheduled
@@ -106,7 +106,7 @@ class SchedulerSide:
         tracker = self._tracker(request)
         if not tracker.may_load or not self._loads:
             return 0, False
-        match = self._look_up(tracker, local)
+        match = self._finder.find(tracker, local)
         extra = match.end - local
         if extra <= 0 or extra < self.config.min_retrieve_tokens:
             return 0, False
@@ -327,56 +327,6 @@ class SchedulerSide:
             tracker.done = not tracker.may_store
             self._trackers[request.request_id] = tracker
         return tracker
-
-    def _look_up(self, tracker: Tracker, local: int) -> Match:
-        request, known = tracker.request, tracker.match
-        now = (self.directory.version, request.num_tokens, local)
-        if known is not None and (known.version, known.num_tokens, known.local) == now:
-            return known
-        began = time.perf_counter()
-        end, keys = self._prefix(tracker, local)
-        if self.config.max_tokens_per_load:
-            end = min(end, local + self.config.max_tokens_per_load // self._bs * self._bs)
-        last = -(-end // self._chunk) - local // self._chunk
-        match = tracker.match = Match(*now, end=end, keys=keys[:last])
-        self.recorder.sample("time_to_lookup", time.perf_counter() - began)
-        self._count_look_up(tracker, match)
-        return match
-
-    def _prefix(self, tracker: Tracker, local: int) -> tuple[int, list[bytes]]:
-        """(tokens that can be had, keys of the chunks from the one that holds token `local`)."""
-        request, size = tracker.request, self._chunk
-        total = request.num_tokens
-        limit = min(total - 1, total - self._skip_last) // self._bs * self._bs  # one token is left to compute
-        tokens = request.all_token_ids
-        keys = tracker.chain.extend(tokens, total)
-        first = local // size
-        keys = keys[first:]
-        ready = self.directory.match(keys)
-        keys = keys[:ready]
-        end = (first + ready) * size
-        if end < limit and self.config.stores_partial:
-            longest = min(total, end + size - 1) // self._bs * self._bs
-            for stop in range(longest, end, -self._bs):
-                key = tracker.chain.partial(tokens, stop)
-                if self.directory.ready(key) is not None:
-                    keys.append(key)
-                    tracker.tail = (key, stop)
-                    end = stop
-                    break
-        return max(min(end, limit), local), keys
-
-    def _count_look_up(self, tracker: Tracker, match: Match) -> None:
-        if tracker.counted:
-            return
-        tracker.counted = True
-        self.recorder.count("num_lookup_requests")
-        self.recorder.count("num_lookup_tokens", match.num_tokens)
-        self.recorder.count("num_prompt_tokens", tracker.request.num_prompt_tokens)
-        self.recorder.count("num_lookup_hits", match.end)
-        self.recorder.count("num_vllm_hit_tokens", match.local)
-        if not match.end:
-            self.recorder.count("lookup_0_hit_requests")
 
     def _lease(self, match: Match | None, end: int) -> list[Chunk] | None:
         if match is None or end > match.end:
