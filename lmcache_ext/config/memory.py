@@ -13,17 +13,21 @@ logger = logging.getLogger("lmcache_ext.config")
 
 GIB = 1 << 30
 DEFAULT_POOL_GB = 20.0
-_CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+_CGROUPS = (  # limit, usage, and where the usage is broken down: versions 2 and 1
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory.stat")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.stat"),
+    ),
 )
 
 
 def memory_available() -> int:
     """Bytes that this process may still take: the machine's free memory or the cgroup's, whichever is less."""
     available = int(psutil.virtual_memory().available)
-    for limit, usage in _CGROUPS:
-        left = _cgroup_left(limit, usage)
+    for files in _CGROUPS:
+        left = _cgroup_left(*files)
         if left is not None:
             available = min(available, left)
     return max(available, 0)
@@ -32,7 +36,7 @@ def memory_available() -> int:
 def memory_limit() -> int:
     """Bytes that this process could ever have: the machine's memory or the cgroup's limit, whichever is less."""
     total = int(psutil.virtual_memory().total)
-    for limit, _ in _CGROUPS:
+    for limit, _, _ in _CGROUPS:
         bound = _number(limit)
         if bound is not None:
             total = min(total, bound)
@@ -56,9 +60,19 @@ def require_pool_fits(gb: float, workers_on_host: int, setting: str) -> None:
         )
 
 
-def _cgroup_left(limit: Path, usage: Path) -> int | None:
+def _cgroup_left(limit: Path, usage: Path, stat: Path) -> int | None:
+    """Files that were read and are not in use count as usage, and the kernel drops them before it lacks memory."""
     bound, used = _number(limit), _number(usage)
-    return None if bound is None or used is None else bound - used
+    return None if bound is None or used is None else bound - used + _inactive_files(stat)
+
+
+def _inactive_files(stat: Path) -> int:
+    try:
+        lines = [line.split() for line in stat.read_text().splitlines()]
+    except OSError:
+        return 0
+    found = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
+    return found.get("total_inactive_file", found.get("inactive_file", 0))
 
 
 def _number(path: Path) -> int | None:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from lmcache_ext.config import memory_available
 from lmcache_ext.transfer.lanes import use_all_cores
 from lmcache_ext.transfer.pool import HostPool, Shape
 
@@ -23,6 +24,8 @@ logger = logging.getLogger("lmcache_ext.transfer")
 
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _PIECE_BYTES = 256 << 20  # page-locking a piece holds up the driver's other callers meanwhile
+_RESERVE_BYTES = 1 << 30  # of the machine's or the cgroup's memory, left to everybody else
+_SHORT_SECONDS = 1.0  # between looks whether there is memory again
 _MOST_THREADS = 8
 _WAIT_SECONDS = 0.02  # between looks: at the pool's maker, at whether the engine is busy
 _BUSY_SECONDS = 0.1  # an engine that took a step within this time is busy
@@ -59,6 +62,7 @@ class PoolGrowth:
         self._stop = threading.Event()
         self._began = time.monotonic()
         self._last_step = -_BUSY_SECONDS
+        self._short = False  # whether it was said that memory is short
         if pool.maker:
             _libc.madvise(ctypes.c_void_p(pool.address), ctypes.c_size_t(pool.shape.words_at), _MADV_HUGEPAGE)
         wanted = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2), self._count) if pool.maker else 1
@@ -90,6 +94,8 @@ class PoolGrowth:
                 if piece >= self._count:
                     return
                 self._take(piece)
+                if self._stop.is_set():
+                    return
                 with self._lock:
                     self._taken.add(piece)
                 self._lock_down()
@@ -126,10 +132,26 @@ class PoolGrowth:
                 time.sleep(_WAIT_SECONDS)
             return
         address, nbytes = self._bytes(piece)
+        self._wait_for_memory(nbytes)
+        if self._stop.is_set():
+            return
         if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE):
             code = ctypes.get_errno()
             if code != errno.EINVAL:  # Linux before 5.14 does not know it: pinning takes the pages then
                 raise OSError(code, f"no memory for the next {nbytes >> 20} MiB: {os.strerror(code)}")
+
+    def _wait_for_memory(self, nbytes: int) -> None:
+        """Until that much is left besides the reserve: the kernel would rather kill us than say no."""
+        while not self._stop.is_set() and memory_available() < nbytes + _RESERVE_BYTES:
+            if not self._short:
+                self._short = True
+                logger.warning(
+                    "less than %d MiB of memory are left: the host pool waits at %d of %d chunks",
+                    (nbytes + _RESERVE_BYTES) >> 20,
+                    self._pool.grown,
+                    self._pool.shape.slots,
+                )
+            self._stop.wait(_SHORT_SECONDS)
 
     def _lock_down(self) -> None:
         """Pin what was populated, in order, and say so. Who comes while another does leaves its piece to that one."""

@@ -113,11 +113,13 @@ def test_default_pool_is_a_quarter_of_what_is_left_per_worker_and_at_most_20_gb(
 
 
 def test_the_cgroup_bounds_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit, usage = tmp_path / "max", tmp_path / "current"
+    limit, usage, stat = tmp_path / "max", tmp_path / "current", tmp_path / "stat"
     limit.write_text(f"{1 << 30}\n")
     usage.write_text(f"{1 << 29}\n")
-    monkeypatch.setattr(memory, "_CGROUPS", ((limit, usage),))
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, usage, stat),))
     assert memory.memory_available() == 1 << 29
+    stat.write_text(f"anon 5\nactive_file 7\ninactive_file {1 << 28}\n")  # the kernel gives those back
+    assert memory.memory_available() == (1 << 29) + (1 << 28)
     assert memory.memory_limit() == 1 << 30
     limit.write_text("max\n")
     assert memory.memory_available() > 1 << 29

@@ -69,6 +69,27 @@ def test_stays_as_large_as_it_got(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert "12 of 40" in caplog.text and "RLIMIT_MEMLOCK" in caplog.text
 
 
+def test_leaves_memory_to_others_and_goes_on_when_there_is_some(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(growth, "_PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(growth, "_SHORT_SECONDS", 0.01)
+    shape = Shape(40, 2, 128 << 10)
+    pool = HostPool.create(shape, "test")
+    left = [1 << 30]
+    monkeypatch.setattr(growth, "memory_available", lambda: left[0])
+    with caplog.at_level(logging.WARNING):
+        grower = PoolGrowth(pool, nothing, nothing, slots_per_piece(shape))
+        until(lambda: bool(caplog.records))
+        time.sleep(0.05)
+        assert pool.grown == 0
+        left[0] = 10 << 30
+        until(lambda: pool.grown == 40)
+    grower.close(5)
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) <= 2  # said once, or by two at once
+    assert "1025 MiB of memory are left" in caplog.text
+
+
 def test_the_others_follow_the_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "_PIECE_BYTES", 1 << 20)
     shape = Shape(8, 2, 128 << 10)

@@ -1,0 +1,76 @@
+"""Prefill and decode apart, for real: what decode gets comes by NIXL, what prefill need not compute from our cache."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.processes import free_port
+from tests.launch.script import START_S, STOP_S, Script, serving
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_S + STOP_S + 120)]
+
+NIXL_BYTES, HITS = "vllm:nixl_bytes_transferred_sum", "lmcache:num_hit_tokens_total"
+
+
+def prove(script: Script, decode: int, prefill: list[int]) -> None:
+    """The printed curl twice: right answers, prefill's own hits as cached_tokens, and KV that came by NIXL."""
+    command, promised, text = script.promise()
+    moved = []
+    for cached in (0, promised):
+        answer = script.curl(command)
+        assert answer["choices"][0]["text"] == text
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+        moved.append(script.metric(decode, NIXL_BYTES))
+    assert 0 < moved[0] < moved[1]
+    assert sum(script.metric(i, HITS) for i in prefill) == promised
+    assert script.metric(decode, HITS) == 0
+
+
+def test_files_and_tcp(tmp_path: Path) -> None:
+    with serving(tmp_path, "disagg_lmcache.sh", "--no-enable-prefix-caching") as script:
+        prove(script, decode=0, prefill=[1])
+        assert script.listeners() == set()
+        assert script.cpu_share(4.0) < 0.5, "an idle NIXL agent must not burn a core"
+        script.interrupt()
+
+
+@pytest.fixture
+def nats(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """A NATS server of our own that counts: (port, port of its monitor)."""
+    if shutil.which("nats-server") is None or shutil.which("etcd") is None:
+        pytest.skip("needs Debian's etcd-server and nats-server")
+    port, monitor = free_port(), free_port()
+    server = subprocess.Popen(["nats-server", "-a", "127.0.0.1", "-p", str(port), "-m", str(monitor), "-js",
+                               "-sd", str(tmp_path / "nats")], stderr=subprocess.DEVNULL)  # fmt: skip
+    yield port, monitor
+    server.terminate()
+    server.wait(20)
+
+
+def messages(monitor: int) -> int:
+    """How many the server has taken in."""
+    import json
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{monitor}/varz", timeout=10) as answer:
+        return int(json.load(answer)["in_msgs"])
+
+
+def test_etcd_and_nats_with_several_prefill_workers(tmp_path: Path, nats: tuple[int, int]) -> None:
+    port, monitor = nats
+    flags = ["--no-enable-prefix-caching", "--no-warmup"]
+    env = {"DYN_DISCOVERY_BACKEND": "etcd", "NATS_SERVER": f"nats://127.0.0.1:{port}"}
+    with serving(tmp_path, "disagg_router.sh", *flags, **env) as script:
+        assert "starting etcd" in script.output and "starting nats" not in script.output
+        before = messages(monitor)
+        prove(script, decode=0, prefill=[1, 2])  # the second call hits: the router sent it to where the KV is
+        time.sleep(1)
+        assert messages(monitor) > before + 4, "requests and events go through NATS"
+        assert script.listeners() == set()
+        script.interrupt()
