@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,14 +32,28 @@ def installed(version: str) -> Path:
     return target
 
 
-@pytest.mark.timeout(_INSTALL_SECONDS + _RUN_SECONDS)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_every_scenario_under_another_vllm(version: str) -> None:
+def run(version: str) -> subprocess.CompletedProcess[str]:
+    """All scenarios in a process of its own."""
     env = {**os.environ, "PYTHONPATH": f"{installed(version)}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "tests.integration.scenarios"],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=_RUN_SECONDS,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Each uses one core: two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {version: pool.submit(run, version) for version in VERSIONS}
+
+
+@pytest.mark.timeout(2 * (_INSTALL_SECONDS + _RUN_SECONDS))
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_scenario_under_another_vllm(
+    version: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    done = runs[version].result(2 * (_INSTALL_SECONDS + _RUN_SECONDS))
     verdicts = [line.split() for line in done.stdout.splitlines() if line.startswith("scenario ")]
     failed = [verdict[1] for verdict in verdicts if verdict[2] != "ok"]
     assert not failed, f"{failed} under vLLM {version}:\n{done.stderr[-6000:]}"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.processes import heed_sigint
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = '[project]\nname = "lmcache-ext"\nversion = "0.1.0"\n[tool.setuptools]\npackages = ["lmcache_ext"]\n'
 
@@ -69,6 +71,7 @@ class Copy:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_sigint,
         )
 
     def run(self, **env: str) -> tuple[int, str]:
