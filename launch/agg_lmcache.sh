@@ -24,8 +24,10 @@ export ENABLE_LMCACHE=${ENABLE_LMCACHE:-1}
 set_up
 choose_model "$@"
 choose_network 1
-# Nobody listens to a single worker's events, and Dynamo's ZMQ publisher would listen on all interfaces.
-if [ "$DYN_DISCOVERY_BACKEND" = file ]; then export DYN_VLLM_PUBLISH_KV_EVENTS=${DYN_VLLM_PUBLISH_KV_EVENTS:-0}; fi
+# Without a KV router nobody listens to events and load, and Dynamo's ZMQ publishers would listen on all interfaces.
+if [ "$DYN_DISCOVERY_BACKEND" = file ]; then
+    export DYN_VLLM_PUBLISH_KV_EVENTS=${DYN_VLLM_PUBLISH_KV_EVENTS:-0} DYN_VLLM_PUBLISH_LOAD=${DYN_VLLM_PUBLISH_LOAD:-0}
+fi
 open_run
 start_services
 check_machine

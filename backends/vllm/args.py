@@ -42,6 +42,7 @@ class WorkerConfig:
     router_config: Any
     lmcache: bool
     publish_kv_events: bool
+    publish_load: bool
     warmup: bool | None
     drain_timeout_s: float
 
@@ -158,6 +159,13 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
         help="tell KV-aware routers which blocks this worker holds (env DYN_VLLM_PUBLISH_KV_EVENTS, default on)",
     )
     group.add_argument(
+        "--publish-load",
+        action=argparse.BooleanOptionalAction,
+        default=parse_switch("DYN_VLLM_PUBLISH_LOAD", os.environ.get("DYN_VLLM_PUBLISH_LOAD"), default=True),
+        help="tell routers how many blocks are in use and when a first token is out (env DYN_VLLM_PUBLISH_LOAD,\n"
+        "default on)",
+    )
+    group.add_argument(
         "--warmup",
         action=argparse.BooleanOptionalAction,
         default=_optional_switch("DYN_VLLM_WARMUP"),
@@ -253,6 +261,7 @@ def _assemble(
         router_config=router_config,
         lmcache=lmcache,
         publish_kv_events=known.publish_kv_events,
+        publish_load=known.publish_load,
         warmup=known.warmup,
         drain_timeout_s=known.drain_timeout,
     )

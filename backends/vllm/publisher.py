@@ -92,14 +92,16 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
 class LoadPublisher(StatLoggerBase):
     """Publishes the blocks that one engine uses, to the router and as a gauge."""
 
-    def __init__(self, endpoint: Any, gauges: LLMBackendMetrics, rank: int) -> None:
-        self._publisher = WorkerMetricsPublisher()
+    def __init__(self, endpoint: Any | None, gauges: LLMBackendMetrics, rank: int) -> None:
+        """`endpoint`: where routers hear it; None: gauges alone, and no socket is opened."""
+        self._publisher = WorkerMetricsPublisher() if endpoint is not None else None
         self._gauges = gauges
         self._rank = rank
         self._total_blocks = 0
-        # Not a coroutine but a future of the Rust runtime.
-        self._ready = asyncio.ensure_future(self._publisher.create_endpoint(endpoint))
-        self._ready.add_done_callback(_log_failure)
+        if self._publisher is not None:
+            # Not a coroutine but a future of the Rust runtime.
+            self._ready = asyncio.ensure_future(self._publisher.create_endpoint(endpoint))
+            self._ready.add_done_callback(_log_failure)
 
     def start(self, total_blocks: int) -> None:
         """Publish an empty engine of ``total_blocks``."""
@@ -116,14 +118,15 @@ class LoadPublisher(StatLoggerBase):
         """Nothing to say: ``start`` publishes when the number of blocks is known."""
 
     def _send(self, used: float) -> None:
-        self._publisher.publish(self._rank, kv_used_blocks=int(self._total_blocks * used))
+        if self._publisher is not None:
+            self._publisher.publish(self._rank, kv_used_blocks=int(self._total_blocks * used))
         self._gauges.set_gpu_cache_usage(str(self._rank), used)
 
 
 class LoadPublishers:
     """Makes a ``LoadPublisher`` for each engine; vLLM calls it as its stat logger factory."""
 
-    def __init__(self, endpoint: Any, *, model: str, component: str) -> None:
+    def __init__(self, endpoint: Any | None, *, model: str, component: str) -> None:
         self.registry = CollectorRegistry()
         self.gauges = LLMBackendMetrics(registry=self.registry, model_name=model, component_name=component)
         self._endpoint = endpoint

@@ -53,7 +53,8 @@ async def run_worker(config: WorkerConfig) -> None:
     )
     endpoint = runtime.endpoint(config.endpoint_path())
     events = configure_events(config)
-    load = LoadPublishers(endpoint, model=config.served_name, component=config.component)
+    listened = endpoint if config.publish_load else None
+    load = LoadPublishers(listened, model=config.served_name, component=config.component)
     logger.info("KV connector: %s", config.engine_args.kv_transfer_config or "none")
     started = time.monotonic()
     engine, vllm_config = start_engine(config, load)
@@ -121,7 +122,8 @@ class Worker:
         expose_metrics(self._endpoint, self._config, self._load)
         if self._config.warmup if self._config.warmup is not None else current_platform.is_cpu():
             await warm_up(self._engine, (probe.get("token_ids") or [0])[0])
-        if self._config.role is not Role.PREFILL and hasattr(self._endpoint, "first_token_source"):
+        tells = self._config.publish_load and self._config.role is not Role.PREFILL
+        if tells and hasattr(self._endpoint, "first_token_source"):
             source = await self._endpoint.first_token_source(self._registrar.worker_type)
             self._services.first_token_source = source
         if self._shutdown.started:

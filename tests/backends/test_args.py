@@ -167,8 +167,9 @@ def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse("--no-publish-kv-events", "--no-warmup", "--drain-timeout", "2.5")
-    assert (config.publish_kv_events, config.warmup, config.drain_timeout_s) == (False, False, 2.5)
+    config = parse("--no-publish-kv-events", "--no-publish-load", "--no-warmup", "--drain-timeout", "2.5")
+    assert (config.publish_kv_events, config.publish_load) == (False, False)
+    assert (config.warmup, config.drain_timeout_s) == (False, 2.5)
     assert parse().warmup is None
     monkeypatch.setenv("DYN_VLLM_DRAIN_TIMEOUT_S", "soon")
     with pytest.raises(SettingError, match="DYN_VLLM_DRAIN_TIMEOUT_S='soon'"):
