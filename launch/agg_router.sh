@@ -34,7 +34,7 @@ check_machine
 start_frontend --router-mode kv ${ROUTER_FLAGS:-}
 for ((i = 0; i < WORKERS; i++)); do
     start_worker "worker$i" "$i" "$@"
-    wait_until_ready "$i" # one after the other: each start needs the whole machine for a while
+    wait_until_serving "worker$i" # one after the other: each start needs the whole machine for a while
 done
 wait_until_listed
 show_example

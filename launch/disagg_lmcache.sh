@@ -37,7 +37,7 @@ check_machine
 start_frontend --router-mode round-robin
 export ENABLE_LMCACHE=$decode_cache
 start_worker decode 0 --is-decode-worker "$@"
-wait_until_ready 0
+wait_until_serving decode
 export ENABLE_LMCACHE=$prefill_cache
 start_worker prefill 1 --is-prefill-worker "$@"
 wait_until_listed

@@ -40,12 +40,12 @@ start_frontend --router-mode kv ${ROUTER_FLAGS:-}
 export ENABLE_LMCACHE=$decode_cache
 for ((i = 0; i < decodes; i++)); do
     start_worker "decode$i" "$i" --is-decode-worker "$@"
-    wait_until_ready "$i" # one after the other: each start needs the whole machine for a while
+    wait_until_serving "decode$i" # one after the other: each start needs the whole machine for a while
 done
 export ENABLE_LMCACHE=$prefill_cache
 for ((; i < WORKERS; i++)); do
     start_worker "prefill$((i - decodes))" "$i" --is-prefill-worker "$@"
-    wait_until_ready "$i"
+    wait_until_serving "prefill$((i - decodes))"
 done
 wait_until_listed
 show_example

@@ -71,6 +71,13 @@ choose_model() {
     export MODEL
 }
 
+# With file discovery the worker does this itself; with etcd it can't know that all of it is on this machine.
+stay_on_loopback() {
+    export DYN_SYSTEM_HOST=${DYN_SYSTEM_HOST:-127.0.0.1} DYN_TCP_RPC_HOST=${DYN_TCP_RPC_HOST:-127.0.0.1}
+    export DYN_TCP_RESPONSE_STREAM_HOST=${DYN_TCP_RESPONSE_STREAM_HOST:-lo} DYN_EVENT_PLANE_HOST=${DYN_EVENT_PLANE_HOST:-127.0.0.1}
+    export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1} VLLM_NIXL_SIDE_CHANNEL_HOST=${VLLM_NIXL_SIDE_CHANNEL_HOST:-127.0.0.1}
+}
+
 # Ports and discovery, for $1 workers: their system ports are DYN_SYSTEM_PORT and those that follow it. That everything
 # else stays on loopback is in backends/vllm/settings.py, for all who start it.
 choose_network() {
@@ -81,6 +88,8 @@ choose_network() {
     if [ "$DYN_DISCOVERY_BACKEND" = etcd ]; then
         # Else Dynamo sends requests by TCP and events by ZMQ.
         export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-nats} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-nats}
+        export ETCD_ENDPOINTS=${ETCD_ENDPOINTS:-http://127.0.0.1:2379} NATS_SERVER=${NATS_SERVER:-nats://127.0.0.1:4222}
+        case $ETCD_ENDPOINTS in *127.0.0.1* | *localhost*) stay_on_loopback ;; esac
     fi
     # One frontend, on this machine: it knows at once that a worker leaves.
     export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS:-1}
@@ -111,7 +120,6 @@ start_service() { # start_service NAME DEBIAN_PACKAGE VARIABLE URL PORT COMMAND.
 # With DYN_DISCOVERY_BACKEND=etcd: etcd and NATS on loopback, where they are installed and do not run yet.
 start_services() {
     [ "$DYN_DISCOVERY_BACKEND" = etcd ] || return 0
-    export ETCD_ENDPOINTS=${ETCD_ENDPOINTS:-http://127.0.0.1:2379} NATS_SERVER=${NATS_SERVER:-nats://127.0.0.1:4222}
     start_service etcd etcd-server ETCD_ENDPOINTS "${ETCD_ENDPOINTS%%,*}" 2379 \
         etcd --data-dir "$RUN_DIR/etcd" --listen-client-urls http://127.0.0.1:2379 \
         --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:0
@@ -181,13 +189,13 @@ start_worker() { # start_worker NAME INDEX FLAGS...; INDEX from 0 to WORKERS - 1
         "$VENV/bin/python" -P -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "$@"
 }
 
-wait_until_ready() { # wait_until_ready INDEX: that worker's health check answers
-    local begin=$SECONDS url=http://127.0.0.1:$((DYN_SYSTEM_PORT + $1))/health
-    until "$VENV/bin/python" -I -S -c 'import sys, urllib.request as u
-u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=5)' "$url" 2>/dev/null; do
+# Its health check would say so, too, but 10 s later: that is how long Dynamo waits before it first asks.
+wait_until_serving() { # wait_until_serving NAME: that worker says that it serves
+    local begin=$SECONDS
+    until grep -q "serving $SERVED_NAME at " "$LOG_DIR/$1.log"; do
         check_alive
         [ $((SECONDS - begin)) -lt "$START_TIMEOUT_S" ] ||
-            give_up $((${#PIDS[@]} - 1)) "no worker is ready at $url after $START_TIMEOUT_S s (START_TIMEOUT_S)"
+            give_up $((${#PIDS[@]} - 1)) "$1 does not serve after $START_TIMEOUT_S s (START_TIMEOUT_S)"
         sleep 0.5
     done
 }
