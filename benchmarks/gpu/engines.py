@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from pairs import interval, ratios, shown, verdict  # noqa: E402 - beside this file
+from pairs import interval, ratios, say, shown, verdict  # noqa: E402 - beside this file
 from systems import LLAMA_8B, NAMES, System  # noqa: E402 - beside this file
 
 Times = dict[tuple[str, str], list[float]]  # (system, what) → seconds, by pair
@@ -134,26 +134,31 @@ def marks(run: Run, bytes_a_token: float, speed: float) -> list[str]:
     """The table of marks, for every system that has a cache."""
     cached = [s.name for s in run.systems if s.name != "none"]
     rows: list[tuple[str, float, bool, dict[str, list[float]]]] = []
+    whats = {what for _, what in run.times}
+
+    def floors(what: str) -> dict[str, list[float]]:
+        return {name: floor_ratios(run, name, what, bytes_a_token, speed) for name in cached}
+
     for what, mark in (("32k", 1.10), ("8k", 1.15)):
-        values = {name: floor_ratios(run, name, what, bytes_a_token, speed) for name in cached}
-        rows.append((f"warm {what} / (gpu hit + bytes / link)", mark, True, values))
-    shares = {name: share(run, name, "batch", bytes_a_token, speed) for name in cached}
-    rows.append(("batch of 12 x 16k: bytes / seconds / link", 0.93, False, shares))
-    batch = {name: floor_ratios(run, name, "batch", bytes_a_token, speed) for name in cached}
-    rows.append(("batch of 12 x 16k / (gpu hit + bytes / link)", 1.075, True, batch))
+        if f"warm {what}" in whats:
+            rows.append((f"warm {what} / (gpu hit + bytes / link)", mark, True, floors(what)))
+    if "warm batch" in whats:
+        shares = {name: share(run, name, "batch", bytes_a_token, speed) for name in cached}
+        rows.append(("batch of 12 x 16k: bytes / seconds / link", 0.93, False, shares))
+        rows.append(("batch of 12 x 16k / (gpu hit + bytes / link)", 1.075, True, floors("batch")))
 
     def against_none(what: str) -> dict[str, list[float]]:
         return {name: ratios(run.times[name, what], run.times["none", what]) for name in cached}
 
-    if any(s.name == "none" for s in run.systems):
+    if ("none", "cold 32k") in run.times:
         rows.append(("cold 32k / no connector", 1.01, True, against_none("cold 32k")))
-        for what in ("loads", "stores"):
-            if ("none", f"decode beside {what}") in run.times:
-                name = f"16 sequences decode beside {what} / no connector"
-                rows.append((name, 1.02, True, against_none(f"decode beside {what}")))
-        if ("none", "random") in run.times:
-            faster = {name: [1 / r for r in values] for name, values in against_none("random").items()}
-            rows.append(("random prompts: throughput / no connector", 0.99, False, faster))
+    for what in ("loads", "stores"):
+        if ("none", f"decode beside {what}") in run.times:
+            name = f"16 sequences decode beside {what} / no connector"
+            rows.append((name, 1.02, True, against_none(f"decode beside {what}")))
+    if ("none", "random") in run.times:
+        faster = {name: [1 / r for r in values] for name, values in against_none("random").items()}
+        rows.append(("random prompts: throughput / no connector", 0.99, False, faster))
     lines = [f"| what | mark | {' | '.join(NAMES[name] for name in cached)} |", f"|---|---|{'---|' * len(cached)}"]
     for what, mark, at_most, values in rows:
         cells = [f"{shown(values[name])} {verdict(values[name], mark, at_most)}" for name in cached]
@@ -240,14 +245,11 @@ def main() -> None:
     dtype = llm.get("kv_cache_dtype", "bfloat16")
     heads = shape["num_key_value_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
     bytes_a_token = 2 * heads * (1 if "fp8" in str(dtype) else 2) / options.tp
-    report = write(run, options, limit, bytes_a_token)
-    sys.stdout.write(report)
-    if options.out:
-        options.out.write_text(report)
+    say(write(run, options, limit, bytes_a_token), options.out)
 
 
-def write(run: Run, options: argparse.Namespace, limit: dict[str, Any], bytes_a_token: float) -> str:
-    """The report, as Markdown."""
+def write(run: Run, options: argparse.Namespace, limit: dict[str, Any], bytes_a_token: float) -> list[str]:
+    """The report, in lines of Markdown."""
     import vllm
 
     given = f" --llm '{options.llm}'" if options.llm != "{}" else ""
@@ -255,7 +257,7 @@ def write(run: Run, options: argparse.Namespace, limit: dict[str, Any], bytes_a_
         f"python benchmarks/gpu/engines.py --systems {options.systems} --pairs {options.pairs} --parts {options.parts} "
         f"--pool-gb {options.pool_gb:g} --kv-gb {options.kv_gb:g} --tp {options.tp}{given}"
     )
-    lines = [
+    return [
         f"# Engines side by side, vLLM {vllm.__version__}",
         "",
         f"`{command}` on {limit['gpu']}, torch {limit['torch']}, {time.strftime('%Y-%m-%d')}. "
@@ -266,7 +268,6 @@ def write(run: Run, options: argparse.Namespace, limit: dict[str, Any], bytes_a_
         "",
         *figures(run, bytes_a_token),
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

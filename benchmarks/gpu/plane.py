@@ -27,6 +27,9 @@ from lmcache_ext.transfer.base import Way
 from lmcache_ext.transfer.driver import Driver
 from lmcache_ext.transfer.pool import Shape
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from pairs import say
+
 GIB = 1 << 30
 TOTAL = 2 * GIB
 LAYERS = 32
@@ -277,10 +280,7 @@ def main() -> None:
         for line in pinning(decoder):
             lines.append(line)
             sys.stderr.write(line + "\n")
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.write_text(report)
+    say(lines, options.out)
 
 
 if __name__ == "__main__":

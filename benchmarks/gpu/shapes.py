@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from engines import link  # noqa: E402 - beside this file
+from pairs import say  # noqa: E402 - beside this file
 from systems import LLAMA_8B, NAMES, System  # noqa: E402 - beside this file
 
 DOCUMENT, QUESTION, DOCUMENTS, AT_ONCE = 10000, 100, 16, 8
@@ -115,10 +116,7 @@ def main() -> None:
                 f"{statistics.mean(first):.0f} ({max(first):.0f}) ms, {answer['seconds']:.2f} s, {share:.0%} cached"
             )
         lines.append(f"| {what} | {' | '.join(cells)} |")
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.write_text(report)
+    say(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from pairs import shown, verdict  # noqa: E402 - beside this file
+from pairs import say, shown, verdict  # noqa: E402 - beside this file
 from systems import LLAMA_8B, NAMES, System  # noqa: E402 - beside this file
 
 _WHOLE = re.compile(r"is complete after ([0-9.]+) s")
@@ -62,10 +62,7 @@ def main() -> None:
         f"| more with ours | {shown(more, 2)} | at most 2: {verdict(more, 2.0)} |",
         f"| pool whole after, where the engine lived that long | {shown(whole, 1) if whole else 'never'} | |",
     ]
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.write_text(report)
+    say(lines, options.out)
 
 
 if __name__ == "__main__":
