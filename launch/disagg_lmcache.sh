@@ -27,10 +27,7 @@ export ENABLE_LMCACHE=$prefill_cache
 set_up
 choose_model "$@"
 choose_network 2
-# Without a KV router nobody listens to events and load, and Dynamo's ZMQ publishers would listen on all interfaces.
-if [ "$DYN_DISCOVERY_BACKEND" = file ]; then
-    export DYN_VLLM_PUBLISH_KV_EVENTS=${DYN_VLLM_PUBLISH_KV_EVENTS:-0} DYN_VLLM_PUBLISH_LOAD=${DYN_VLLM_PUBLISH_LOAD:-0}
-fi
+publish_nothing
 open_run
 start_services
 check_machine

@@ -95,6 +95,12 @@ choose_network() {
     export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS:-1}
 }
 
+# Without a KV router nobody listens to events and load, and Dynamo's ZMQ publishers would listen on all interfaces.
+publish_nothing() {
+    [ "$DYN_DISCOVERY_BACKEND" = file ] || return 0
+    export DYN_VLLM_PUBLISH_KV_EVENTS=${DYN_VLLM_PUBLISH_KV_EVENTS:-0} DYN_VLLM_PUBLISH_LOAD=${DYN_VLLM_PUBLISH_LOAD:-0}
+}
+
 listens() { # listens URL DEFAULT_PORT: whether something accepts connections there
     local address=${1#*://} host port
     host=${address%%:*} port=${address##*:}

@@ -139,8 +139,11 @@ class CudaTransfer(LaneTransfer):
             return False
         job.nbytes = len(job.plan.blocks) * self._row_bytes
         job.seconds = self._driver.seconds(done.began, done.ended)
-        self._events += [done.began, done.ended]
         return True
+
+    def _release(self, job: Job) -> None:
+        if job.carries is not None:
+            self._events += [job.carries.began, job.carries.ended]
 
     def _order(self, job: Job) -> None:
         self._driver.order(torch.cuda.current_stream(self._device).cuda_stream, job.carries.ended)

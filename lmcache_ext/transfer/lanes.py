@@ -117,6 +117,9 @@ class LaneTransfer(Transfer):
     def _over(self, job: Job) -> bool:
         """Whether the copies of an issued job have ended; then its `nbytes` and `seconds` are set."""
 
+    def _release(self, job: Job) -> None:
+        """A job is over, however it ended: take back what `_prepare` gave it."""
+
     @abstractmethod
     def _order(self, job: Job) -> None:
         """Let the engine's next work come behind the copies of this issued job."""
@@ -148,6 +151,7 @@ class LaneTransfer(Transfer):
         for way, jobs in self._open.items():
             while jobs and jobs[0].issued.is_set() and (jobs[0].error or self._over(jobs[0])):
                 job = jobs.popleft()
+                self._release(job)
                 results.append(Result(job.plan.id, way, not job.error, job.nbytes, job.seconds, job.error))
         return results
 

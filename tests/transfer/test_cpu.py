@@ -156,3 +156,17 @@ def test_the_data_plane_is_chosen_by_the_tensors_device() -> None:
     meta = PageTable("meta", 1, pages.base, pages.stride, pages.size, "x", pages.keep)
     with pytest.raises(LayoutError, match="meta"):
         open_transfer(meta, pool, 1.0)
+
+
+def test_what_was_prepared_is_taken_back_however_it_ends(
+    parts: tuple[dict[str, torch.Tensor], HostPool, CpuTransfer],
+) -> None:
+    _, _, transfer = parts
+    go, released = threading.Event(), []
+    transfer._copy = lambda *a: go.wait(5) and None
+    transfer._release = lambda job: released.append(job.plan.id)  # type: ignore[method-assign]
+    transfer.submit([plan(1, Way.STORE, [1], [1]), plan(2, Way.STORE, [2], [2])], None)
+    transfer.cancel([2])
+    go.set()
+    settle(transfer, 2)
+    assert released == [1, 2]
