@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 
+from lmcache_ext.integration.vllm import impl as impl_module
 from lmcache_ext.integration.vllm import worker as worker_module
 from lmcache_ext.transfer import cpu
 from tests.integration.harness import BLOCK, Engine, Setup, prompt
@@ -257,6 +258,15 @@ def scenario_stores_as_far_as_the_pool_has_grown() -> None:
     e.ask(p)
     assert e.total("local_cpu_capacity_count") == 64
     assert e.ask(p) == (cold, 288)
+    e.close()
+
+
+def scenario_a_pool_that_cannot_be_opened_is_no_cache() -> None:
+    with mock.patch.object(impl_module, "Growth", side_effect=OSError("gone")):
+        e = engine(Setup(caching=False))
+    p = prompt(1, 300)
+    assert e.ask(p)[1] == e.ask(p)[1] == 0
+    assert e.total("num_stored_tokens") == 0
     e.close()
 
 

@@ -139,10 +139,14 @@ class LMCacheConnectorV1Impl:
         engine_id, model = str(self._transfer_config.engine_id), self._model
         found = [rendezvous.find(engine_id, rank, _FIND_SECONDS) for rank in model.writers]
         pools = [pool for pool in found if pool is not None]
-        growth = [Growth(pool.path, pool.shape, model.members) for pool in pools]
-        slots = min(pool.slots for pool in pools) if len(pools) == len(found) else 0
+        growth: list[Growth] = []
+        try:
+            growth = [Growth(pool.path, pool.shape, model.members) for pool in pools]
+        except OSError as error:
+            logger.error("a worker's pool can't be opened: %s", error)
+        slots = min(pool.slots for pool in pools) if len(growth) == len(found) else 0
         if not slots:
-            logger.error("only %d of %d workers' pools were found; nothing will be cached", len(pools), len(found))
+            logger.error("%d of %d workers' pools can be used; nothing will be cached", len(growth), len(found))
         rendezvous.retract(engine_id, model.world_size)
         events = getattr(self._vllm_config, "kv_events_config", None)
         return SchedulerSide(
