@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
@@ -21,7 +22,7 @@ class Announcement:
 
     block_hashes: tuple[bytes, ...]  # one per engine block of the chunk
     parent_hash: bytes | None  # of the block before
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]  # kept for as long as the chunk: compact, please
     block_size: int  # tokens
     lora_id: int | None
     lora_name: str | None
@@ -47,36 +48,52 @@ class Event:
 
 class EventLog:
     """A directory's listener. Chunks whose note is no Announcement (events are off, or theirs are not indexable) pass
-    in silence. Bounded: nobody takes, nothing is kept."""
+    in silence. Bounded: nobody takes, nothing is kept.
+
+    Two chunks may hold one block: a partial chunk and the fuller one that replaces it, or chunks of requests with
+    different tags. Routers don't count, so a block is removed when the last chunk that holds it goes."""
 
     def __init__(self, tier: Tier, limit: int = 100_000) -> None:
         self._tier = tier
         self._limit = limit
         self._events: list[Event] = []
+        self._holders: Counter[bytes] = Counter()  # by block hash: how many chunks
         self.dropped = 0
 
     def stored(self, chunk: Noted) -> None:
         """A chunk is ready."""
-        self._add(True, chunk)
+        if isinstance(what := chunk.note, Announcement):
+            self._holders.update(what.block_hashes)
+            self._add(True, what)
 
     def removed(self, chunk: Noted) -> None:
         """A chunk is gone."""
-        self._add(False, chunk)
+        if isinstance(what := chunk.note, Announcement):
+            gone = tuple(block for block in what.block_hashes if self._let_go(block))
+            if gone:
+                self._add(False, replace(what, block_hashes=gone))
 
     def announce(self, chunks: Iterable[Noted]) -> None:
         """Say again what is resident: somebody's view was cleared."""
         for chunk in chunks:
-            self._add(True, chunk)
+            if isinstance(chunk.note, Announcement):
+                self._add(True, chunk.note)
 
     def take(self) -> list[Event]:
         """Events since the last call, oldest first."""
         events, self._events = self._events, []
         return events
 
-    def _add(self, stored: bool, chunk: Noted) -> None:
-        if not isinstance(chunk.note, Announcement):
-            return
+    def _let_go(self, block: bytes) -> bool:
+        """Whether no chunk holds it any more."""
+        self._holders[block] -= 1
+        if self._holders[block] > 0:
+            return False
+        del self._holders[block]
+        return True
+
+    def _add(self, stored: bool, what: Announcement) -> None:
         if len(self._events) >= self._limit:
             self.dropped += 1
             return
-        self._events.append(Event(stored, self._tier, chunk.note))
+        self._events.append(Event(stored, self._tier, what))

@@ -199,6 +199,7 @@ class Engine:
         self._next = 0
         self.outputs: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}
+        self.told: dict[str, Any] = {}  # kv_transfer_params of the answer
         self.events: list[Any] = []
         self.steps = 0
         self.preemptions = 0
@@ -315,6 +316,7 @@ class Engine:
         for outputs in self.scheduler.update_from_output(output, runner).values():
             for one in outputs.outputs:
                 self.outputs[one.request_id] += one.new_token_ids
+                self.told[one.request_id] = one.kv_transfer_params or self.told.get(one.request_id)
         if not computed:
             time.sleep(0.0005)
 

@@ -69,6 +69,39 @@ class Failing:
 # -- hits -----------------------------------------------------------------------------------------------
 
 
+ASK_HITS = {"lmcache.report_hits": True}
+
+
+def hits(gpu: int, host: int) -> dict[str, Any]:
+    """What an answer says of its hits."""
+    return {"lmcache.report_hits": {"gpu_cache": gpu, "host_memory": host}}
+
+
+class Router:
+    """What a router believes to be in host memory: it does not count, so the last word on a block holds."""
+
+    def __init__(self, e: Engine) -> None:
+        self.blocks: set[Any] = set()
+        self._engine, self._take = e, e.side.events
+        e.connector._impl.take_events = self._hear  # type: ignore[method-assign]
+
+    def _hear(self) -> list[Any]:
+        from vllm.distributed.kv_events import BlockStored
+
+        events = self._take()
+        for event in events:
+            change = self.blocks.update if isinstance(event, BlockStored) else self.blocks.difference_update
+            change(event.block_hashes)
+        return list(events)
+
+    def resident(self) -> set[Any]:
+        """The truth."""
+        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+        chunks = self._engine.side.directory.chunks()
+        return {maybe_convert_block_hash(block) for chunk in chunks for block in chunk.note.block_hashes}
+
+
 def scenario_second_request_hits_exactly_its_prefix() -> None:
     for caching in (True, False):
         e = engine(Setup(caching=caching))
@@ -125,6 +158,26 @@ def scenario_local_hits_of_any_alignment() -> None:
         _, cached = e.ask(p)
         assert cached == 480, (keep, cached)
     e.close()
+
+
+def scenario_hits_are_told_by_tier_if_asked() -> None:
+    for multi in (False, True):
+        e = engine(Setup(multi=multi))
+
+        def told(tokens: list[int], params: dict[str, Any] | None = ASK_HITS, e: Engine = e) -> Any:
+            request_id = e.add(tokens, max_tokens=3, kv_transfer_params=params)
+            e.run(request_id)
+            e.drain()
+            return e.told[request_id]
+
+        p = prompt(1, 300)
+        assert told(p) == hits(0, 0)
+        e.forget_gpu()
+        assert told(p[:97]) == hits(0, 64)
+        assert told(p) == hits(96, 192)
+        assert told(p) == hits(288, 0)
+        assert told(p, None) is None
+        e.close()
 
 
 def scenario_chunked_prefill_stores_once_each() -> None:
@@ -455,10 +508,11 @@ def scenario_failed_loads_are_computed() -> None:
                 e.add(prompt(2, 40), max_tokens=30)
                 e.step()
             began = e.steps
-            request_id = e.add(p, max_tokens=5)
+            request_id = e.add(p, max_tokens=5, kv_transfer_params=ASK_HITS)
             e.run(request_id)
             assert e.outputs[request_id] == cold
             assert e.steps - began < 60, "asked for ever"
+            assert e.told[request_id] == hits(0, 0)
             assert e.total("num_failed_tokens") == 288
             failing.on = False
             e.drain()
@@ -490,9 +544,10 @@ def scenario_failed_load_in_the_middle() -> None:
 
     worker._transfer._copy = copy_some
     with mock.patch.object(worker, "_take", take):
-        request_id = e.add(p)
+        request_id = e.add(p, kv_transfer_params=ASK_HITS)
         e.run(request_id)
     assert e.outputs[request_id] == cold
+    assert e.told[request_id] == hits(0, 128)
     failing.on = False
     e.drain()
     assert e.ask(p) == (cold, 288)
@@ -504,9 +559,10 @@ def scenario_vanished_promise_is_computed() -> None:
     p = prompt(1, 300)
     cold, _ = e.ask(p)
     with mock.patch.object(e.side.directory, "lease", lambda keys: None):
-        request_id = e.add(p)
+        request_id = e.add(p, kv_transfer_params=ASK_HITS)
         e.run(request_id)
     assert e.outputs[request_id] == cold
+    assert e.told[request_id] == hits(0, 0)
     e.drain()
     assert e.ask(p)[0] == cold
     e.close()
@@ -693,6 +749,31 @@ def scenario_events_follow_the_chunks() -> None:
     e.forget_gpu()  # vLLM says that all is cleared; what we hold is said again
     e.ask(prompt(3, 20))
     assert len([x for x in said if isinstance(x, BlockStored)]) == e.total("local_cpu_hot_cache_count")
+    e.close()
+
+
+def scenario_a_router_never_forgets_what_is_there() -> None:
+    e = engine(Setup(events=True, chunk=128, caching=False))
+    seen = Router(e)
+    p, tagged = prompt(1, 160), {"lmcache.tag.user": "u"}
+    e.ask(p)
+    assert seen.blocks == seen.resident() and len(seen.blocks) == 5
+    e.ask(p + prompt(2, 100))  # the tail gives way to a fuller chunk, which begins with the same block
+    assert seen.blocks == seen.resident() and len(seen.blocks) == 8
+    e.ask(p, kv_transfer_params=tagged)
+    keys = [chunk.key for chunk in e.side.directory.chunks()]
+    e.side.directory.drop(keys[0])  # its tokens are there under another key, too
+    e.ask(prompt(3, 20))
+    assert seen.blocks == seen.resident() and len(seen.blocks) == 8
+    e.close()
+
+
+def scenario_a_router_sees_evictions() -> None:
+    e = engine(Setup(events=True, slots=5, caching=False))
+    seen = Router(e)
+    for seed in range(1, 8):
+        e.ask(prompt(seed, 100 + 40 * seed))
+        assert seen.blocks == seen.resident() and seen.blocks
     e.close()
 
 

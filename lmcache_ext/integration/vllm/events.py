@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
@@ -22,7 +23,7 @@ def announcement(request: Request, first: int, last: int, block_size: int) -> An
     return Announcement(
         block_hashes=tuple(bytes(h) for h in hashes[first:last]),
         parent_hash=bytes(hashes[first - 1]) if first else None,
-        token_ids=tuple(request.all_token_ids[first * block_size : last * block_size]),
+        token_ids=array("i", request.all_token_ids[first * block_size : last * block_size]),
         block_size=block_size,
         lora_id=lora.lora_int_id if lora else None,
         lora_name=lora.lora_name if lora else None,

@@ -205,8 +205,7 @@ class LMCacheConnectorV1Impl:
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks need not wait for us: those that we still read are pinned."""
         assert self._scheduler is not None
-        self._scheduler.finished(request, block_ids)
-        return False, None
+        return False, self._scheduler.finished(request, block_ids)
 
     @guarded(list)
     def take_events(self) -> list[Any]:

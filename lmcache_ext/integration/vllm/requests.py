@@ -14,6 +14,7 @@ from lmcache_ext.keys import Chain
 
 TAG_PREFIX = "lmcache.tag."
 SKIP_SAVE = "lmcache.skip_save"
+REPORT_HITS = "lmcache.report_hits"  # asked with True, answered with a dictionary
 MAX_STORE_FAILURES = 3
 
 
@@ -45,11 +46,25 @@ class Tracker:
     store_failures: int = 0
     done: bool = False  # nothing is left to store before the request ends
     counted: bool = False  # its look-up is in the metrics
+    local: int = 0  # tokens that vLLM had itself at the last look-up
+    hits: tuple[int, int] | None = None  # tokens of the first prefill that vLLM had itself, and that we loaded
 
     @property
     def id(self) -> str:
         """vLLM's internal request id."""
         return str(self.request.request_id)
+
+    def hit_report(self) -> dict[str, Any] | None:
+        """What the answer says of hits, if the request asked for it."""
+        params = self.request.kv_transfer_params or {}
+        if params.get(REPORT_HITS) is not True or self.hits is None:
+            return None
+        return {REPORT_HITS: dict(zip(("gpu_cache", "host_memory"), self.hits, strict=True))}
+
+    def loaded_only(self, tokens: int) -> None:
+        """Its load failed beyond so many tokens."""
+        if self.hits is not None:
+            self.hits = (self.hits[0], min(self.hits[1], tokens))
 
     def store_failed(self) -> None:
         """Try its chunks again on a later step, a few times."""

@@ -104,6 +104,7 @@ class SchedulerSide:
         None tokens: ask again, another request is loading the same chunks.
         """
         tracker = self._tracker(request)
+        tracker.local = local
         if not tracker.may_load or not self._loads:
             return 0, False
         match = self._finder.find(tracker, local)
@@ -123,6 +124,9 @@ class SchedulerSide:
         """vLLM allocated blocks and wants `external` of the promised tokens in them."""
         tracker = self._tracker(request)
         tracker.blocks = list(block_ids)
+        first = tracker.hits is None
+        if first:
+            tracker.hits = (tracker.local, 0)
         if external <= 0:
             return
         match = tracker.match
@@ -135,6 +139,8 @@ class SchedulerSide:
         assert match is not None
         self._plan_load(tracker, match, targets, chunks, external)
         tracker.match = None
+        if first:
+            tracker.hits = (tracker.local, external)
 
     def waits(self, request: Request) -> bool:
         """Whether the last promise to `request` was one that it waits for."""
@@ -231,6 +237,7 @@ class SchedulerSide:
         self.recorder.count("num_failed_tokens", (len(flight.plan.blocks) - first) * self._bs)
         if (tracker := self._trackers.get(flight.request_id)) is not None:
             tracker.may_load = False
+            tracker.loaded_only(first * self._bs)
             tracker.store_again()
 
     def _stored(self, flight: Flight) -> None:
@@ -254,17 +261,21 @@ class SchedulerSide:
 
     # -- a request goes ----------------------------------------------------------------------------------------------
 
-    def finished(self, request: Request, block_ids: list[int]) -> None:
-        """The request is over and its blocks are about to be freed: last chance to store from them."""
+    def finished(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
+        """The request is over and its blocks are about to be freed: last chance to store from them.
+
+        Returns what its answer's `kv_transfer_params` shall say, if it asked.
+        """
         tracker = self._trackers.pop(request.request_id, None)
         self._running.discard(request.request_id)
         if tracker is None:
-            return
+            return None
         if tracker.may_store and request.status in _COMPLETED:
             tracker.blocks = list(block_ids)
             # The last sampled token has no KV yet, and steps that vLLM runs ahead may have raised its count.
             self._storer.plan_last(tracker, min(request.num_computed_tokens, request.num_tokens - 1))
         self.directory.touch(reversed(tracker.chain.keys))
+        return tracker.hit_report()
 
     def busy(self) -> bool:
         """Whether vLLM must keep stepping without requests: stores hold its blocks, or wait to be sent."""
