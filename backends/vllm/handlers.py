@@ -19,6 +19,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from dynamo_lmcache.vllm import hits
 from dynamo_lmcache.vllm.errors import as_http_errors
 from dynamo_lmcache.vllm.lora import Adapters
 from dynamo_lmcache.vllm.outputs import Chunk, ChunkBuilder
@@ -49,6 +50,7 @@ class Services:
     first_dp_rank: int
     dp_ranks: int
     on_engine_dead: Callable[[str], None]
+    reports_hits: bool = False  # whether our connector is there to be asked
     in_flight: InFlight = field(default_factory=InFlight)
     first_token_source: Any = None
 
@@ -139,6 +141,8 @@ class AggregatedHandler:
         transfer = transfer_params(request)
         if transfer is not None:
             set_transfer_params(params, transfer)
+        elif services.reports_hits and params.n == 1:
+            hits.ask(params)
         return params
 
     async def _guarded(self, request: Request, context: Any) -> AsyncIterator[Chunk]:
@@ -164,6 +168,7 @@ class AggregatedHandler:
             async for output in self._outputs(job, context):
                 first_token.set()
                 refuse_foreign_abort(output, context)
+                note_hits(request, output, builder, context)
                 for chunk in builder.chunks(output):
                     if not notified and chunk["token_ids"]:
                         notified = True
@@ -228,6 +233,8 @@ class PrefillHandler(AggregatedHandler):
         )
         if not request.get(HEALTH_CHECK_KEY):  # nobody would come for a probe's KV
             set_transfer_params(params, remote_decode_params())
+            if services.reports_hits:
+                hits.ask(params)
         return params
 
     async def _serve(self, request: Request, context: Any) -> AsyncIterator[Chunk]:
@@ -238,12 +245,22 @@ class PrefillHandler(AggregatedHandler):
         async with self._services.adapters.using(job.lora), self._abort_when_stopped(context, job.id, allowed):
             async for output in self._outputs(job, context):
                 refuse_foreign_abort(output, context)
+                note_hits(request, output, builder, context)
                 for chunk in builder.chunks(output):
                     if output.kv_transfer_params is not None:
                         chunk["disaggregated_params"] = {"kv_transfer_params": output.kv_transfer_params}
+                        if builder.prompt_tokens is not None:
+                            chunk["disaggregated_params"][hits.KEY] = builder.prompt_tokens.to_dict()
                     # The frontend takes the first chunk for the whole answer; "length" would end the request there.
                     chunk.pop("finish_reason", None)
                     yield chunk
+
+
+def note_hits(request: Request, output: RequestOutput, builder: ChunkBuilder, context: Any) -> None:
+    """At the end of a request: where its prompt's KV came from, for the answer and for the trace."""
+    if output.finished and (tokens := hits.of(request, output)) is not None:
+        builder.prompt_tokens = tokens
+        hits.trace(context, tokens)
 
 
 def refuse_foreign_abort(output: RequestOutput, context: Any) -> None:

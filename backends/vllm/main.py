@@ -21,7 +21,7 @@ _PROGRAM = "dynamo_lmcache.vllm"
 def main(argv: list[str] | None = None) -> None:
     """Run a worker until it is told to stop.
 
-    Exits with 0 after a signal, 1 when the engine could not start or died, 2 for a bad setting.
+    Exits with 0 after a signal, 1 when the engine could not start or died or Dynamo gave up, 2 for a bad setting.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -38,12 +38,16 @@ def _run(config: WorkerConfig) -> None:
     import uvloop
 
     from dynamo_lmcache.vllm.health import leave
+    from dynamo_lmcache.vllm.shutdown import RuntimeLost
     from dynamo_lmcache.vllm.worker import run_worker
 
     # Not by returning: Dynamo's threads are still running then, and one that asks for the
     # interpreter while it goes down aborts the process ("exception not rethrown").
     try:
         uvloop.run(run_worker(config))
+    except RuntimeLost as lost:
+        logger.critical("%s", lost)
+        leave(1)
     except Exception:
         logger.exception("the worker could not start, or failed")
         leave(1)

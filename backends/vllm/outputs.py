@@ -9,6 +9,8 @@ from typing import Any
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 
+from dynamo_lmcache.vllm import hits
+
 Chunk = dict[str, Any]
 Decode = Callable[[list[int]], str]
 
@@ -26,6 +28,7 @@ class ChunkBuilder:
         self._completion_tokens = 0
         self._reported: set[int] = set()
         self._prompt_logprobs: list[Any] | None = None
+        self.prompt_tokens: hits.PromptTokens | None = None  # for the last chunk
 
     def chunks(self, output: RequestOutput) -> Iterator[Chunk]:
         """Yield the chunks of one output: one for each choice that has something new."""
@@ -46,11 +49,22 @@ class ChunkBuilder:
             chunk["completion_usage"] = self._usage(output)
         if choice.finish_reason:
             chunk["finish_reason"] = finish_reason(choice.finish_reason)
-            if self._prompt_logprobs is not None:
-                chunk["engine_data"] = {"prompt_logprobs": self._prompt_logprobs}
+            if data := self._engine_data():
+                chunk["engine_data"] = data
         if choice.stop_reason is not None:
             chunk["stop_reason"] = choice.stop_reason
         return chunk
+
+    def _engine_data(self) -> dict[str, Any]:
+        """What a client sees that asks for nvext's extra field `engine_data`."""
+        data: dict[str, Any] = {}
+        if self._prompt_logprobs is not None:
+            data["prompt_logprobs"] = self._prompt_logprobs
+        if self.prompt_tokens is not None:
+            data[hits.KEY] = self.prompt_tokens.to_dict()
+            if self._cached_elsewhere is None:  # else the prefill worker has told the router
+                data["kv_cache_hit"] = self.prompt_tokens.to_dynamo()
+        return data
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
         prompt = len(output.prompt_token_ids or ())

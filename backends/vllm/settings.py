@@ -30,6 +30,11 @@ _MAX_SYSTEM_PORT = 2**15 - 1  # a signed 16-bit number in Dynamo; -1 turns it of
 _SINGLE_MACHINE_BACKENDS = frozenset({"file", "mem"})
 _DISTRIBUTED_PLANES = {"DYN_REQUEST_PLANE": "nats", "DYN_EVENT_PLANE": "nats"}
 
+RUNTIME_ENDED = (
+    "Dynamo's runtime has ended by itself. With etcd it does when it can't renew its lease: etcd was away for longer "
+    "than ETCD_LEASE_TTL (10 s), or came back without its data. Start this process again"
+)
+
 
 class SettingError(ValueError):
     """A setting has a value that cannot be used; the message names both and says what would do."""

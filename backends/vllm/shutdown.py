@@ -10,6 +10,8 @@ import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
+from dynamo_lmcache.vllm.settings import RUNTIME_ENDED
+
 logger = logging.getLogger(__name__)
 
 # Frontends learn of a departure within this time; Dynamo's own variable and default.
@@ -17,6 +19,10 @@ _GRACE_VARIABLE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
 _GRACE_S = 5.0
 _UNREGISTER_S = 5.0
 _STOP_S = 30.0
+
+
+class RuntimeLost(Exception):
+    """Dynamo's runtime ended, and nobody had told this worker to."""
 
 
 class InFlight:
@@ -68,6 +74,11 @@ class Shutdown:
     def started(self) -> bool:
         """Whether the worker is on its way out: an engine that ends now has not died."""
         return self._task is not None
+
+    def require_told(self) -> None:
+        """The endpoints are no longer served: raises RuntimeLost unless that is this shutdown's doing."""
+        if not self.started:
+            raise RuntimeLost(RUNTIME_ENDED)
 
     def watch(self, endpoints: Sequence[Any]) -> None:
         """Take SIGTERM and SIGINT from now on. ``endpoints`` leave discovery first."""

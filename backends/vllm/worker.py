@@ -24,7 +24,7 @@ from dynamo_lmcache.vllm.lora import Adapters
 from dynamo_lmcache.vllm.publisher import LoadPublishers, configure_events, expose_metrics, relay_events
 from dynamo_lmcache.vllm.registration import Registrar, dp_ranks
 from dynamo_lmcache.vllm.shutdown import Shutdown
-from dynamo_lmcache.vllm.transfer import Role
+from dynamo_lmcache.vllm.transfer import OURS, Role, uses
 from dynamo_lmcache.vllm.warmup import warm_up
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ class Worker:
                 len(relays),
             )
             await asyncio.gather(*(self._serve_endpoint(entry) for entry in served))
+            self._shutdown.require_told()
         finally:
             self._watchdog.expect_end()
             watching.cancel()
@@ -188,6 +189,7 @@ class Worker:
             first_dp_rank=self._ranks.start,
             dp_ranks=len(self._ranks),
             on_engine_dead=self._watchdog.engine_died,
+            reports_hits=uses(self._config.transfer_config, OURS),
         )
 
     async def _stop_engine(self) -> None:

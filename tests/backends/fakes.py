@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 
+TRACE = 0xA11  # the id of every fake request's trace
+
 
 def choice(tokens: list[int], *, index: int = 0, finish: str | None = None, logprobs: Any = None) -> CompletionOutput:
     return CompletionOutput(
@@ -38,8 +40,8 @@ class FakeContext:
     def id(self) -> str:
         return "request"
 
-    def trace_headers(self) -> None:
-        return None
+    def trace_headers(self) -> dict[str, str]:
+        return {"traceparent": f"00-{TRACE:032x}-{7:016x}-01"}
 
     def notify_first_token(self) -> None:
         self.first_tokens += 1

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from dynamo.health_check import HEALTH_CHECK_KEY
 from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dynamo_lmcache.vllm.handlers import (
@@ -18,7 +21,7 @@ from dynamo_lmcache.vllm.handlers import (
     Services,
 )
 from dynamo_lmcache.vllm.lora import Adapters
-from tests.backends.fakes import FakeContext, FakeEngine, choice, output
+from tests.backends.fakes import TRACE, FakeContext, FakeEngine, choice, output
 
 REMOTE = {"do_remote_prefill": True, "remote_block_ids": [[1, 2]], "remote_engine_id": "p"}
 
@@ -139,6 +142,55 @@ async def test_a_probe_of_a_prefill_worker_offers_no_kv() -> None:
     engine = FakeEngine(output(choice([7], finish="length")))
     await collect(PrefillHandler(services(engine)), request(**{HEALTH_CHECK_KEY: True}))
     assert engine.calls[0]["params"].extra_args is None
+
+
+REPORT = {"lmcache.report_hits": {"gpu_cache": 1, "host_memory": 2}}
+SOURCES = {"gpu_cache": 1, "host_memory": 2, "computed": 1}
+DATA = {"prompt_tokens_from": SOURCES, "kv_cache_hit": {"prompt_tokens": 4, "reused_tokens": 3}}
+BOTH = {**REMOTE, **REPORT}
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Spans that the worker ended."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("dynamo_lmcache.vllm.hits.get_tracer", provider.get_tracer)
+    return exporter
+
+
+async def test_hits_by_tier_are_in_the_answer_and_in_the_trace(spans: InMemorySpanExporter) -> None:
+    engine = FakeEngine(output(choice([7])), output(choice([8], finish="stop"), kv_transfer_params=REPORT))
+    chunks = await collect(AggregatedHandler(services(engine, reports_hits=True)), request())
+    assert engine.calls[0]["params"].extra_args == {"kv_transfer_params": {"lmcache.report_hits": True}}
+    assert [chunk.get("engine_data") for chunk in chunks] == [None, DATA]
+    (span,) = spans.get_finished_spans()
+    assert span.name == "lmcache.prompt" and span.context.trace_id == TRACE
+    assert span.attributes == {f"lmcache.prompt_tokens.{name}": count for name, count in SOURCES.items()}
+
+
+@pytest.mark.parametrize("more", [{"sampling_options": {"n": 2}}, {}])
+async def test_nobody_is_asked_where_the_answer_would_mean_nothing(more: dict[str, Any]) -> None:
+    engine = FakeEngine(output(choice([7], finish="stop")))
+    chunks = await collect(AggregatedHandler(services(engine, reports_hits=bool(more))), request(**more))
+    assert engine.calls[0]["params"].extra_args is None and "engine_data" not in chunks[0]
+
+
+async def test_prefills_hits_reach_decode(spans: InMemorySpanExporter) -> None:
+    engine = FakeEngine(output(choice([7], finish="length"), kv_transfer_params=BOTH))
+    chunk, *_ = await collect(PrefillHandler(services(engine, reports_hits=True)), request())
+    assert engine.calls[0]["params"].extra_args["kv_transfer_params"]["lmcache.report_hits"] is True
+    assert chunk["disaggregated_params"] == {"kv_transfer_params": REMOTE, "prompt_tokens_from": SOURCES}
+
+    engine = FakeEngine(output(choice([7], finish="stop")))
+    usage = chunk["completion_usage"]["prompt_tokens_details"]
+    body = request(
+        prefill_result={"disaggregated_params": chunk["disaggregated_params"], "prompt_tokens_details": usage}
+    )
+    chunks = await collect(DecodeHandler(services(engine, reports_hits=True)), body)
+    assert engine.calls[0]["params"].extra_args == {"kv_transfer_params": REMOTE}
+    assert chunks[-1]["engine_data"] == {"prompt_tokens_from": SOURCES}
+    assert len(spans.get_finished_spans()) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from dynamo_lmcache.vllm.shutdown import InFlight, Shutdown, grace_period_s
+from dynamo_lmcache.vllm.shutdown import InFlight, RuntimeLost, Shutdown, grace_period_s
 
 
 class Scene:
@@ -62,6 +62,16 @@ async def test_a_failing_step_does_not_stop_the_rest() -> None:
     shutdown = Shutdown(scene, InFlight(), drain_timeout_s=1.0, stop_engine=broken)
     await shutdown.run()
     assert scene.events == ["runtime"]
+
+
+async def test_a_runtime_that_ends_untold_is_lost() -> None:
+    shutdown = make(Scene(), InFlight(), 1.0)
+    with pytest.raises(RuntimeLost, match="ETCD_LEASE_TTL"):
+        shutdown.require_told()
+    shutdown._on_signal()
+    shutdown.require_told()
+    assert shutdown._task is not None
+    await asyncio.wait_for(shutdown._task, timeout=5)
 
 
 async def test_counting_nests_and_survives_errors() -> None:

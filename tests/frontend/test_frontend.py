@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -32,16 +34,34 @@ def test_settings_are_there_when_dynamo_starts(
     flags: list[list[str]] = []
 
     def started() -> None:
+        asyncio.run(dynamo.frontend.main.graceful_shutdown(mock.Mock()))  # as on SIGTERM
         seen.append(tuple(os.environ.get(name) for name in names))
         flags.append(sys.argv[1:])
 
     import dynamo.frontend.main
 
     monkeypatch.setattr(dynamo.frontend.main, "main", started)
+    monkeypatch.setattr(dynamo.frontend.main, "graceful_shutdown", dynamo.frontend.main.graceful_shutdown)
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(sys, "argv", ["frontend"])
     main(argv)
     assert seen == [expected] and flags == [argv]
+
+
+@pytest.mark.parametrize(("backend", "status"), [("etcd", 1), ("file", None)])
+def test_a_lost_lease_is_a_failure(monkeypatch: pytest.MonkeyPatch, backend: str, status: int | None) -> None:
+    import dynamo.frontend.main
+
+    monkeypatch.setattr(dynamo.frontend.main, "main", lambda: None)
+    monkeypatch.setattr(dynamo.frontend.main, "graceful_shutdown", None)
+    monkeypatch.setenv("DYN_DISCOVERY_BACKEND", backend)
+    monkeypatch.setattr(sys, "argv", ["frontend"])
+    if status is None:
+        main([])
+        return
+    with pytest.raises(SystemExit) as exit_info:
+        main([])
+    assert exit_info.value.code == status
 
 
 def test_importing_the_wrapper_does_not_import_vllm() -> None:
