@@ -83,7 +83,7 @@ class Watchdog:
         """Leave with status 1, at once, unless the worker is on its way out anyway."""
         if not self._leaving:
             self._leaving = True
-            logger.critical(
+            logger.error(  # Dynamo shows critical as INFO
                 "vLLM's engine is dead (%s): this worker ends with status 1; see the engine's log above", reason
             )
             # Leaving discovery is worth a few seconds; a hang there is not.

@@ -46,7 +46,7 @@ def _run(config: WorkerConfig) -> None:
     try:
         uvloop.run(run_worker(config))
     except RuntimeLost as lost:
-        logger.critical("%s", lost)
+        logger.error("%s", lost)
         leave(1)
     except Exception:
         logger.exception("the worker could not start, or failed")

@@ -31,8 +31,8 @@ _SINGLE_MACHINE_BACKENDS = frozenset({"file", "mem"})
 _DISTRIBUTED_PLANES = {"DYN_REQUEST_PLANE": "nats", "DYN_EVENT_PLANE": "nats"}
 
 RUNTIME_ENDED = (
-    "Dynamo's runtime has ended by itself. With etcd it does when it can't renew its lease: etcd was away for longer "
-    "than ETCD_LEASE_TTL (10 s), or came back without its data. Start this process again"
+    "Dynamo's runtime has ended by itself. With etcd it does when it can't renew its lease of ETCD_LEASE_TTL seconds "
+    "(10): etcd was away for too long, or came back without its data. Start this process again"
 )
 
 

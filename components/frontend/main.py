@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     told = _remember(dynamo, "graceful_shutdown")
     dynamo.main()
     if not told and os.environ["DYN_DISCOVERY_BACKEND"] == "etcd":
-        logger.critical(RUNTIME_ENDED)
+        logger.error(RUNTIME_ENDED)
         sys.exit(1)
 
 

@@ -17,6 +17,12 @@ def free_port() -> int:
             return int(probe.getsockname()[1])
 
 
+def listens(port: int) -> bool:
+    """Whether something accepts connections there on loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def running_with(assignment: str) -> list[str]:
     """Pid and command line of every process that has NAME=VALUE in its environment."""
     found = (_describe(entry, assignment.encode()) for entry in Path("/proc").glob("[0-9]*"))

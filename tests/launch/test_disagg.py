@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import free_port
+from tests.launch.processes import free_port, listens
+from tests.launch.routing import TOKENS, Frontend, prompt
 from tests.launch.script import START_S, STOP_S, Script, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_S + STOP_S + 120)]
@@ -56,21 +56,23 @@ def nats(tmp_path: Path) -> Iterator[tuple[int, int]]:
     server.wait(20)
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def messages(monitor: int) -> int:
     """How many the server has taken in."""
     with urllib.request.urlopen(f"http://127.0.0.1:{monitor}/varz", timeout=10) as answer:
         return int(json.load(answer)["in_msgs"])
 
 
+def tells_all(script: Script, worker: int) -> bool:
+    """Whether /metrics has the engine's metrics, the cache's and Dynamo's."""
+    names = ("vllm:prompt_tokens_total", "lmcache:num_stored_tokens_total", "dynamo_component_total_blocks")
+    return all(script.metric(worker, name) > 0 for name in names)
+
+
 def test_etcd_and_nats_behind_the_kv_router(tmp_path: Path, nats: tuple[int, int]) -> None:
     port, monitor = nats
     flags = ["--no-enable-prefix-caching", "--no-warmup", "--enforce-eager"]
-    env = {"DYN_DISCOVERY_BACKEND": "etcd", "NATS_SERVER": f"nats://127.0.0.1:{port}", "PREFILL_WORKERS": "1"}
+    env = {"DYN_DISCOVERY_BACKEND": "etcd", "NATS_SERVER": f"nats://127.0.0.1:{port}", "PREFILL_WORKERS": "1",
+           "DECODE_ENABLE_LMCACHE": "1"}  # fmt: skip
     runs_already = listens(2379)
     with serving(tmp_path, "disagg_router.sh", *flags, **env) as script:
         assert ("starting etcd" in script.output) != runs_already
@@ -79,5 +81,9 @@ def test_etcd_and_nats_behind_the_kv_router(tmp_path: Path, nats: tuple[int, int
         prove(script, decode=0, prefill=[1])
         time.sleep(1)
         assert messages(monitor) > before + 4, "requests and events go through NATS"
+        assert tells_all(script, 0) and tells_all(script, 1)
+        frontend = Frontend(script.http_port, tmp_path / "frontend.log")
+        told = [frontend.ask(prompt(1)).sources for _ in range(2)]
+        assert told == [{"gpu_cache": 0, "host_memory": hits, "computed": TOKENS + 1 - hits} for hits in (0, TOKENS)]
         assert script.listeners() == set()
         script.interrupt()
