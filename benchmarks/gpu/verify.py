@@ -161,17 +161,18 @@ class Check:
             time.sleep(0.01)
 
     def pages(self, ids: list[int]) -> list[list[int]]:
-        """[pages stored, of which differ], [pages loaded, of which differ], byte by byte between GPU and pool."""
+        """[pages stored, of which differ], [pages loaded, of which differ], byte by byte between GPU and pool, of all
+        ranks."""
         from tests.engines import engines
 
         self.forget_all()
         self.llm.collective_rpc(engines.spy)
         self.ask([ids], tokens=1)
         self.forget()
-        stored = self.llm.collective_rpc(engines.differing_pages)[0]["store"]
+        stored = [rank["store"] for rank in self.llm.collective_rpc(engines.differing_pages)]
         self.ask([ids], tokens=1)
-        loaded = self.llm.collective_rpc(engines.differing_pages)[0]["load"]
-        return [list(stored), list(loaded)]
+        loaded = [rank["load"] for rank in self.llm.collective_rpc(engines.differing_pages)]
+        return [[sum(column) for column in zip(*ranks, strict=True)] for ranks in (stored, loaded)]
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:

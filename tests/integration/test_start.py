@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -127,3 +128,15 @@ def test_the_installed_package_registers_the_plugin() -> None:
 
     found = {e.name: e.load() for e in entry_points(group="vllm.general_plugins") if e.name == "lmcache_ext"}
     assert found == {"lmcache_ext": plugin.register}
+
+
+def test_threads_hand_over_the_interpreter_sooner() -> None:
+    """While long prompts are taken in, each call of ours that lets go of the GIL would wait 5 ms to have it back."""
+    interval = sys.getswitchinterval()
+    try:
+        for before, after in ((0.005, 0.0005), (0.0001, 0.0001)):
+            sys.setswitchinterval(before)
+            connector(Setup())
+            assert sys.getswitchinterval() == pytest.approx(after, rel=0.02)
+    finally:
+        sys.setswitchinterval(interval)

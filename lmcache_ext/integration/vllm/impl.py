@@ -21,6 +21,7 @@ from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model, namespace, unsupported
 from lmcache_ext.integration.vllm.policy import recompute_on_failure
 from lmcache_ext.integration.vllm.scheduler import SchedulerSide
+from lmcache_ext.integration.vllm.turns import take_turns_sooner
 from lmcache_ext.integration.vllm.worker import WorkerSide, rank_of
 from lmcache_ext.transfer import Growth, rendezvous
 
@@ -90,6 +91,7 @@ class LMCacheConnectorV1Impl:
             if role is KVConnectorRole.SCHEDULER:
                 logger.warning("this model is served without the KV cache layer: %s", why)
             return
+        take_turns_sooner()
         self._model = Model.of(vllm_config, self._kv)
         self._bpc = self._model.blocks_per_chunk(self.config)
         if role is KVConnectorRole.SCHEDULER:
