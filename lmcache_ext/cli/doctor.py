@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 
-from lmcache_ext.cli import machine, model, network, packages, settings
+from lmcache_ext.cli import machine, model, network, packages, services, settings
 from lmcache_ext.cli.finding import Finding, Level
 
 Env = Mapping[str, str]
@@ -23,7 +23,7 @@ CHECKS: tuple[Callable[[Env], Iterable[Finding]], ...] = (
     machine.check_memlock,
     machine.check_compiler,
     network.check_ports,
-    network.check_discovery,
+    services.check_discovery,
 )
 
 

@@ -1,21 +1,19 @@
-"""Doctor's look at ports and at the discovery services."""
+"""Doctor's look at ports."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from urllib.parse import urlsplit
 
 import psutil
 
-from lmcache_ext.cli.finding import Finding, fail, ok, warn
+from lmcache_ext.cli.finding import Finding, fail, ok
 
 # The same defaults as launch/lib.sh.
 PORTS = {"HTTP_PORT": "8000", "DYN_SYSTEM_PORT": "8081"}
 # Dynamo reads the system port as a signed 16-bit number.
 HIGHEST = {"HTTP_PORT": 65535, "DYN_SYSTEM_PORT": 32767}
 LOOPBACK = "127.0.0.1"
-CONNECT_TIMEOUT_S = 2.0
 
 
 def check_ports(env: Mapping[str, str]) -> Iterator[Finding]:
@@ -67,28 +65,3 @@ def _holder(port: int) -> str:
             except psutil.Error:
                 return f" (process {each.pid})"
     return ""
-
-
-def check_discovery(env: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether etcd and NATS answer, where they are asked for."""
-    backend = env.get("DYN_DISCOVERY_BACKEND") or "file"
-    if backend in ("file", "mem"):
-        yield ok("discovery", f"{backend}: one machine, nothing to start")
-    elif backend == "etcd":
-        for address in (env.get("ETCD_ENDPOINTS") or "http://localhost:2379").split(","):
-            yield _service("etcd", "ETCD_ENDPOINTS", address.strip(), 2379)
-    else:
-        yield warn("discovery", f"DYN_DISCOVERY_BACKEND={backend}: not tried with our workers", "use file or etcd")
-    planes = {env.get("DYN_REQUEST_PLANE"), env.get("DYN_EVENT_PLANE")}
-    if "nats" in planes or (backend == "etcd" and None in planes):
-        yield _service("nats", "NATS_SERVER", env.get("NATS_SERVER") or "nats://localhost:4222", 4222)
-
-
-def _service(name: str, variable: str, address: str, default_port: int) -> Finding:
-    parts = urlsplit(address if "//" in address else f"//{address}")
-    try:
-        host, port = parts.hostname or LOOPBACK, parts.port or default_port
-        with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S):
-            return ok("discovery", f"{name} at {address} accepts connections")
-    except (OSError, ValueError) as error:
-        return fail("discovery", f"{name} at {address} does not answer: {error}", f"start it, or correct {variable}")

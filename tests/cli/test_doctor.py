@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from lmcache_ext.cli import doctor, machine, model, network, packages, settings
+from lmcache_ext.cli import doctor, machine, model, network, packages, services, settings
 from lmcache_ext.cli.finding import Level
 from lmcache_ext.cli.main import main
-from tests.launch.processes import free_port
+from tests.launch.processes import free_port, listens
 
 GIB = 1 << 30
 
@@ -189,21 +191,65 @@ def test_one_port_for_two_fails():
 
 
 def test_files_need_no_service():
-    assert levels(network.check_discovery({})) == ["ok"]
+    assert levels(services.check_discovery({})) == ["ok"]
 
 
-def test_etcd_and_nats_must_answer(listener):
-    env = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": f"http://127.0.0.1:{listener}"}
-    env |= {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"}
-    found = list(network.check_discovery(env))
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """(port of a real etcd, port of a real NATS)."""
+    if shutil.which("nats-server") is None or shutil.which("etcd") is None:
+        pytest.skip("needs Debian's etcd-server and nats-server")
+    etcd, peers, nats = free_port(), free_port(), free_port()
+    url = f"http://127.0.0.1:{etcd}"
+    commands = [
+        ["etcd", "--data-dir", str(tmp_path_factory.mktemp("etcd")), "--listen-client-urls", url,
+         "--advertise-client-urls", url, "--listen-peer-urls", f"http://127.0.0.1:{peers}"],
+        ["nats-server", "-a", "127.0.0.1", "-p", str(nats)],
+    ]  # fmt: skip
+    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+    deadline = time.monotonic() + 20
+    while not (listens(etcd) and listens(nats)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield etcd, nats
+    for process in running:
+        process.kill()
+        process.wait(10)
+
+
+def discovery(etcd: int, nats: int, **more: str):
+    env = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": f"http://127.0.0.1:{etcd}"}
+    return list(services.check_discovery({**env, "NATS_SERVER": f"nats://127.0.0.1:{nats}", **more}))
+
+
+def test_etcd_and_nats_say_which_they_are(servers):
+    found = discovery(*servers)
+    assert levels(found) == ["ok", "ok"]
+    assert "etcd 3." in found[0].text and "nats v2." in found[1].text
+
+
+def test_a_service_that_does_not_run_fails(servers):
+    found = discovery(servers[0], free_port())
     assert levels(found) == ["ok", "fail"]
-    assert "NATS_SERVER" in found[1].advice
+    assert "refused" in found[1].text and "NATS_SERVER" in found[1].advice
 
 
-def test_etcd_alone_needs_no_nats(listener):
-    env = {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": f"127.0.0.1:{listener}"}
-    env |= {"DYN_REQUEST_PLANE": "tcp", "DYN_EVENT_PLANE": "zmq"}
-    assert levels(network.check_discovery(env)) == ["ok"]
+def test_another_service_is_noticed(servers, listener):
+    etcd, nats = servers
+    began = time.monotonic()
+    found = [*discovery(nats, etcd), discovery(listener, nats)[0]]
+    assert levels(found) == ["fail"] * 3 and "is no etcd" in found[0].text
+    assert time.monotonic() - began < 4 * services.TIMEOUT_S
+
+
+def test_etcd_alone_needs_no_nats(servers):
+    assert levels(discovery(servers[0], 1, DYN_REQUEST_PLANE="tcp", DYN_EVENT_PLANE="zmq")) == ["ok"]
+
+
+def test_without_its_client_a_service_is_not_asked(servers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aetcd", None)
+    found = discovery(*servers)
+    assert levels(found) == ["warn", "ok"] and "aetcd" in found[0].advice
 
 
 def model_folder(path: Path) -> Path:
