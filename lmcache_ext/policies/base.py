@@ -11,9 +11,16 @@ from lmcache_ext.registry import Registry
 class EvictionPolicy(ABC):
     """Orders keys by who should leave first.
 
-    Called from the directory's one thread; nothing here blocks, sleeps or does I/O. Every method is O(1), apart from
-    walking past entries that the caller refuses in `victims`. The policy knows keys only: whether a key may leave now
-    is the directory's business.
+    Called from the directory's one thread; nothing here blocks, sleeps or does I/O. Every method is O(1) amortized,
+    apart from walking past entries that the caller refuses in `victims`. The policy knows keys only: whether a key may
+    leave now is the directory's business. Memory is O(most keys ever known at once), ghosts included.
+
+    What a policy may assume of its caller, for a request that stores and finds chunks of one chain:
+
+    - `insert` comes head first, in the order of the chain, and may come after the request has ended;
+    - a request that ends touches its whole chain, last chunk first, so a chunk's own writer touches it at most once.
+      Hence the first touch after `insert` shows no reuse, and the second one does;
+    - a request that finds a chunk touches it two or three times: counts are about triple, for all alike.
     """
 
     @abstractmethod
@@ -30,7 +37,11 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def victims(self) -> Iterator[bytes]:
-        """Known keys, best victim first. The caller stops early and changes nothing while it walks."""
+        """Known keys, each once, best victim first. The caller stops early and changes nothing while it walks.
+
+        A policy may first do work that it had put off, as long as asking twice gives the same answer twice. What it
+        offers after a refusal need only be sensible: refusals are leased chunks, few and for milliseconds.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
