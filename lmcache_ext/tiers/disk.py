@@ -93,12 +93,13 @@ class Disk(Medium):
         name = self._temporary(folder / _SHARDS[0] / "probe")
         try:
             with _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT) as fd:
-                os.write(fd, mmap.mmap(-1, BLOCK))
+                try:
+                    os.write(fd, mmap.mmap(-1, BLOCK))
+                finally:
+                    name.unlink(missing_ok=True)
         except OSError as error:
             logger.info("%s: no O_DIRECT (%s), using the page cache", folder, error.strerror)
             return False
-        finally:
-            name.unlink(missing_ok=True)
         return True
 
     def footprint(self, nbytes: int) -> int:

@@ -34,7 +34,7 @@ class State(enum.Enum):
 class Entry:
     """One object."""
 
-    __slots__ = ("doomed", "expires", "readers", "size", "state", "stuck")
+    __slots__ = ("doomed", "expires", "readers", "size", "state")
 
     def __init__(self, size: int, expires: float, state: State) -> None:
         self.size = size  # of the capacity
@@ -42,7 +42,6 @@ class Entry:
         self.state = state
         self.readers = 0
         self.doomed = False  # WRITING: shall leave as soon as it is written
-        self.stuck = False  # LEAVING: its removal failed, and nobody is at it
 
 
 @dataclass
@@ -70,6 +69,7 @@ class Index:
         self._used = 0
         self._pledged = 0  # of them, counted twice: for a victim and for what replaces it
         self._leaving = 0
+        self._stuck: set[bytes] = set()  # LEAVING, their removal failed, and nobody is at it
         self._ready = 0
         self._unsettled: dict[bytes, float] | None = None  # key → time of last change, while a scan runs
         self._touched: list[bytes] = []  # in the meantime
@@ -182,8 +182,7 @@ class Index:
         with self._lock:
             self._used -= self._entries.pop(grant.key).size
             self._pledged -= grant.pledged
-            for key in grant.victims:
-                self._entries[key].stuck = True
+            self._stuck.update(grant.victims)
 
     # -- leaving ----------------------------------------------------------------------------------------------------
 
@@ -225,14 +224,18 @@ class Index:
     def stay(self, key: bytes) -> None:
         """The removal of a leaving object failed: its bytes count until a later try succeeds."""
         with self._lock:
-            self._entries[key].stuck = True
+            self._stuck.add(key)
+
+    def stuck(self) -> list[bytes]:
+        """Keys whose removal failed."""
+        with self._lock:
+            return list(self._stuck)
 
     def claim_stuck(self) -> list[bytes]:
-        """Keys whose removal failed; the caller tries again and says `gone` or `stay`. O(objects)."""
+        """Keys whose removal failed; the caller tries again and says `gone` or `stay`."""
         with self._lock:
-            keys = [key for key, entry in self._entries.items() if entry.stuck]
-            for key in keys:
-                self._entries[key].stuck = False
+            keys = list(self._stuck)
+            self._stuck.clear()
             return keys
 
     def surplus(self) -> list[bytes]:

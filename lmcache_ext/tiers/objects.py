@@ -43,6 +43,14 @@ class Objects:
             with contextlib.suppress(Exception):
                 self.remove(key)
 
+    def retry(self) -> list[bytes]:
+        """Try again to remove what could not be removed; returns what could not."""
+        keys = self._index.claim_stuck()
+        for key in keys:
+            with contextlib.suppress(Exception):
+                self.remove(key)
+        return keys
+
     def store(self, key: bytes, parts: Parts, header: memoryview) -> Done:
         """Write one object; removes its victims first."""
         now = time.time()
@@ -50,7 +58,10 @@ class Objects:
             self.discard(key)
         nbytes = sum(part.nbytes for part in parts)
         expires = now + self._ttl if self._ttl else 0.0
-        grant = self._index.reserve(key, self._medium.footprint(BLOCK + nbytes), expires, now)
+        size = self._medium.footprint(BLOCK + nbytes)
+        grant = self._index.reserve(key, size, expires, now)
+        if grant is Outcome.FULL and self.retry():
+            grant = self._index.reserve(key, size, expires, now)
         if isinstance(grant, Outcome):
             return grant, 0
         try:

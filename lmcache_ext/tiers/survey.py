@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -101,15 +100,10 @@ class Survey:
                     self._objects.discard(key)
         if fix:
             self._objects.trim()
-        stuck = self._index.claim_stuck()
-        faults += [f"{_name(key)} could not be removed" for key in stuck]
-        for key in stuck:
-            if fix:
-                with contextlib.suppress(Exception):  # stays stuck
-                    self._objects.remove(key)
-            else:
-                self._index.stay(key)
-        return faults
+            stuck = self._objects.retry()
+        else:
+            stuck = self._index.stuck()
+        return faults + [f"{_name(key)} could not be removed" for key in stuck]
 
 
 def _name(key: bytes) -> str:
