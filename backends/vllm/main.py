@@ -66,17 +66,18 @@ def _configure(words: list[str]) -> WorkerConfig:
 
 
 def _complete_environment(config: WorkerConfig) -> None:
-    """Set what depends on the connectors: LMCACHE_* defaults and NIXL's settings."""
+    """Set what vLLM's processes are to find: LMCACHE_* defaults, NIXL's settings, and whose they are."""
     from vllm.platforms import current_platform
 
-    from dynamo_lmcache.vllm import lmcache_env, nixl_sleep, transfer
+    from dynamo_lmcache.vllm import lmcache_env, nixl_cpu, orphans, transfer
 
+    orphans.adopt()
     connectors = config.transfer_config
     if transfer.uses(connectors, transfer.OURS):
         lmcache_env.apply_defaults(os.environ, connectors)
     if transfer.uses(connectors, {transfer.NIXL}):
         settings.apply_nixl_defaults(os.environ, on_cpu=current_platform.is_cpu())
-        if os.environ.get(nixl_sleep.SLEEP_VARIABLE) and not nixl_sleep.plugin_installed():
+        if os.environ.get(nixl_cpu.SLEEP_VARIABLE) and not nixl_cpu.plugin_installed():
             logger.warning(
-                "%s has no effect: this project is not installed, so vLLM has no plugin", nixl_sleep.SLEEP_VARIABLE
+                "%s has no effect: this project is not installed, so vLLM has no plugin", nixl_cpu.SLEEP_VARIABLE
             )

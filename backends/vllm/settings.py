@@ -99,7 +99,7 @@ def apply_nixl_defaults(env: Environment, *, on_cpu: bool) -> None:
     """Complete the environment of a worker whose connectors include NIXL, in place.
 
     A free side-channel port, so that two workers share a machine, and on the CPU platform a
-    progress thread that sleeps (see ``nixl_sleep``) and transfers that stay on loopback if vLLM does.
+    progress thread that sleeps (see ``nixl_cpu``) and transfers that stay on loopback if vLLM does.
     """
     if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in env:
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())

@@ -76,9 +76,9 @@ def connector_config(role: Role, *, lmcache: bool, nixl_installed: bool | None =
     for entry in walk(config):
         if entry["kv_connector"] in OURS:
             entry["kv_connector_module_path"] = MODULE_PATH
-    if uses(config, OURS):
-        # The policy is read at the top level only. vLLM's default would fail the request.
-        config["kv_load_failure_policy"] = "recompute"
+    # Read at the top level only. vLLM's default fails a request whose KV did not come, also over NIXL from a prefill
+    # worker that died.
+    config["kv_load_failure_policy"] = "recompute"
     return config
 
 

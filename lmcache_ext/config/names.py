@@ -19,7 +19,7 @@ ALIASES: dict[str, str] = {
 # Read by the process around the engine, not by the engine: no warning when they appear in the environment.
 NOT_SETTINGS = frozenset(
     {"config_file", "runtime_dir", "disable_plugin", "track_usage", "log_level", "request_telemetry_type",
-     "request_telemetry_endpoint", "nixl_sleep_us"}
+     "request_telemetry_endpoint", "nixl_sleep_us", "worker_pid"}
 )  # fmt: skip
 
 # Settings of upstream's that change what is cached or where. Ignoring one silently would surprise; each gets a warning.

@@ -32,7 +32,8 @@ def test_literal_dictionaries_of_the_document() -> None:
 @pytest.mark.parametrize("role", list(Role))
 def test_fallback_without_lmcache(role: Role) -> None:
     assert seed_config(role, lmcache=False) == FALLBACK
-    assert connector_config(role, lmcache=False, nixl_installed=True) == FALLBACK
+    made = connector_config(role, lmcache=False, nixl_installed=True)
+    assert made == {**FALLBACK, "kv_load_failure_policy": "recompute"}, "prefill may die before its KV was fetched"
 
 
 def test_decode_with_the_cache_asks_nixl_first() -> None:

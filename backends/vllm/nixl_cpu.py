@@ -1,16 +1,19 @@
-"""Let NIXL's progress thread sleep. A vLLM general plugin, loaded in every vLLM process.
+"""NIXL on a machine of few cores. A vLLM general plugin, loaded in every vLLM process.
 
-NIXL's Python API fixes the thread's delay at 0, so each agent polls one core at 100 % for as long
-as it lives. On a machine with few cores that starves the engine and, worse, Dynamo's discovery
-heartbeat: the worker vanishes from the model list. With a delay of 1000 microseconds an idle agent
-costs about 3 % of a core, and a transfer at most that much more latency.
+NIXL's Python API fixes its progress thread's delay at 0, so each agent polls one core at 100 % for as long as it lives.
+That starves the engine and, worse, Dynamo's discovery heartbeat: the worker vanishes from the model list. With a delay
+of 1000 microseconds an idle agent costs about 3 % of a core, and a transfer at most that much more latency.
 
-``LMCACHE_NIXL_SLEEP_US`` sets the delay; without it nothing is changed. The worker sets it
-to 1000 on the CPU platform.
+vLLM's NixlConnector binds its worker's main thread to the last core of each NUMA node, so that of several workers all
+share one, whatever VLLM_CPU_OMP_THREADS_BIND says. There they spin in turns, and a request waited for 30 s until its KV
+was fetched. Here the thread keeps the cores that it had.
+
+``LMCACHE_NIXL_SLEEP_US`` sets the delay; without it nothing is changed. The worker sets it to 1000 on the CPU platform.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from importlib.metadata import entry_points
@@ -26,7 +29,7 @@ _PATCHED = "_dynamo_lmcache_sleep_us"
 
 
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``. Idempotent; does nothing unless the variable is set.
+    """Entry point of ``vllm.general_plugins``. Idempotent; does nothing unless the variable is set or without nixl.
 
     Raises:
         SettingError: if the variable is not a positive whole number. vLLM logs it and goes on.
@@ -41,7 +44,8 @@ def register() -> None:
     except ImportError:
         logger.debug("nixl is not installed: no progress thread to slow down")
         return
-    _patch(api.nixlBind, int(text))
+    _sleep(api.nixlBind, int(text))
+    _keep_cores()
 
 
 def plugin_installed() -> bool:
@@ -49,7 +53,7 @@ def plugin_installed() -> bool:
     return any(entry.name == PLUGIN_NAME for entry in entry_points(group="vllm.general_plugins"))
 
 
-def _patch(bindings: Any, delay_us: int) -> None:
+def _sleep(bindings: Any, delay_us: int) -> None:
     if getattr(bindings, _PATCHED, None) is not None:
         return
     original: Any = bindings.nixlAgentConfig
@@ -69,3 +73,22 @@ def _patch(bindings: Any, delay_us: int) -> None:
     bindings.nixlAgentConfig = SleepyAgentConfig
     setattr(bindings, _PATCHED, delay_us)
     logger.info("NIXL's progress thread sleeps %d us between polls", delay_us)
+
+
+def _keep_cores() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    original = KVConnectorFactory.create_connector
+    if getattr(original, _PATCHED, None) is not None:
+        return
+
+    @functools.wraps(original)
+    def create(*args: Any, **options: Any) -> Any:
+        cores = os.sched_getaffinity(0)
+        try:
+            return original(*args, **options)
+        finally:
+            os.sched_setaffinity(0, cores)
+
+    setattr(create, _PATCHED, True)
+    KVConnectorFactory.create_connector = staticmethod(create)
