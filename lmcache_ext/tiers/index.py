@@ -14,34 +14,24 @@ from __future__ import annotations
 
 import enum
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lmcache_ext.policies import EvictionPolicy
 from lmcache_ext.tiers.base import Outcome
 
-_BATCH = 512  # keys settled between two chances for others to take the lock
+_BATCH = 512  # keys settled in one go
+_PAUSE = 0.0005  # seconds; without, whoever waits for the lock starves
 
 
 class State(enum.Enum):
-    """Where an object is in its life. Absent ones have no record."""
+    """What an object is if it is neither ready nor absent."""
 
     WRITING = "writing"
-    READY = "ready"
     LEAVING = "leaving"
-
-
-class Entry:
-    """One object."""
-
-    __slots__ = ("doomed", "expires", "readers", "size", "state")
-
-    def __init__(self, size: int, expires: float, state: State) -> None:
-        self.size = size  # of the capacity
-        self.expires = expires  # seconds since 1970; 0: never, or not known
-        self.state = state
-        self.readers = 0
-        self.doomed = False  # WRITING: shall leave as soon as it is written
 
 
 @dataclass
@@ -54,7 +44,7 @@ class Grant:
 
 
 class Index:
-    """All objects of one tier. Thread-safe; no method does I/O or holds the lock for longer than some hundred keys.
+    """All objects of one tier. Thread-safe; no method does I/O, and only `check` holds the lock for long.
 
     Args:
         policy: orders the keys that may be evicted.
@@ -65,7 +55,13 @@ class Index:
         self.capacity = capacity
         self._policy = policy
         self._lock = threading.Lock()
-        self._entries: dict[bytes, Entry] = {}  # guarded by _lock, as all below
+        # Guarded by _lock, as all below. Plain numbers by key, not an object for each: a million of those, and every
+        # full run of Python's garbage collector holds up the whole process for a tenth of a second and more.
+        self._sizes: dict[bytes, int] = {}  # bytes of the capacity, in whatever state
+        self._states: dict[bytes, State] = {}  # of those that are not ready
+        self._expires: dict[bytes, float] = {}  # seconds since 1970, where it is known
+        self._readers: dict[bytes, int] = {}  # more than none
+        self._doomed: set[bytes] = set()  # WRITING, shall leave as soon as they are written
         self._used = 0
         self._pledged = 0  # of them, counted twice: for a victim and for what replaces it
         self._leaving = 0
@@ -89,7 +85,7 @@ class Index:
     def find(self, keys: Sequence[bytes], now: float, touch: bool = False) -> list[Outcome | None]:
         """OK, MISS or EXPIRED for each key; None for one that is not known. `touch`: those that are OK were used."""
         with self._lock:
-            verdicts = [self._judge(self._entries.get(key), now) for key in keys]
+            verdicts = [self._judge(key, now) for key in keys]
             if touch:
                 for key, verdict in zip(keys, verdicts, strict=True):
                     if verdict is Outcome.OK:
@@ -99,10 +95,9 @@ class Index:
     def pin(self, key: bytes, now: float) -> Outcome | None:
         """As `find`; if OK, the object stays until `unpin`."""
         with self._lock:
-            entry = self._entries.get(key)
-            verdict = self._judge(entry, now)
-            if entry is not None and verdict is Outcome.OK:
-                entry.readers += 1
+            verdict = self._judge(key, now)
+            if verdict is Outcome.OK:
+                self._readers[key] = self._readers.get(key, 0) + 1
                 self._touch(key)
             return verdict
 
@@ -112,19 +107,19 @@ class Index:
         True if the caller must now remove the object, and then say `gone`.
         """
         with self._lock:
-            entry = self._entries[key]
-            entry.readers -= 1
-            if expires is not None:
-                entry.expires = expires
-            return entry.state is State.LEAVING and not entry.readers
+            if expires:
+                self._expires[key] = expires
+            readers = self._readers.pop(key) - 1
+            if readers:
+                self._readers[key] = readers
+            return self._states.get(key) is State.LEAVING and not readers
 
-    @staticmethod
-    def _judge(entry: Entry | None, now: float) -> Outcome | None:
-        if entry is None:
+    def _judge(self, key: bytes, now: float) -> Outcome | None:
+        if key not in self._sizes:
             return None
-        if entry.state is not State.READY:
+        if key in self._states:
             return Outcome.MISS
-        return Outcome.EXPIRED if 0 < entry.expires <= now else Outcome.OK
+        return Outcome.EXPIRED if now >= self._expires.get(key, now + 1) else Outcome.OK
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -136,31 +131,44 @@ class Index:
         """
         with self._lock:
             victims: list[bytes] = []
-            if (known := self._entries.get(key)) is not None:
-                if self._judge(known, now) is not Outcome.OK:
-                    return Outcome.REFUSED
+            if (known := self._judge(key, now)) is Outcome.OK:
                 self._touch(key)
                 return Outcome.OK
+            if known is not None:
+                return Outcome.REFUSED
             need = 0
             if self.capacity is not None:
                 need = max(0, self.used + size - self.capacity)
                 if size > self.capacity or (need and not self._choose(need, victims)):
                     return Outcome.FULL
             for victim in victims:
-                self._leave(victim, self._entries[victim])
+                self._leave(victim)
             self.evicted += len(victims)
-            self._entries[key] = Entry(size, expires, State.WRITING)
-            self._used += size
+            self._states[key] = State.WRITING
+            self._record(key, size, expires)
             self._pledged += need
             return Grant(key, victims, need)
+
+    def _record(self, key: bytes, size: int, expires: float) -> None:
+        self._sizes[key] = size
+        self._used += size
+        if expires:
+            self._expires[key] = expires
+
+    def _erase(self, key: bytes) -> int:
+        size = self._sizes.pop(key)
+        self._used -= size
+        self._states.pop(key, None)
+        self._expires.pop(key, None)
+        self._doomed.discard(key)
+        return size
 
     def _choose(self, need: int, victims: list[bytes]) -> bool:
         """Collect unread keys of `need` bytes, the best to leave first. False if there are not as many."""
         for key in self._policy.victims():
-            entry = self._entries[key]
-            if not entry.readers:
+            if key not in self._readers:
                 victims.append(key)
-                need -= entry.size
+                need -= self._sizes[key]
                 if need <= 0:
                     return True
         return False
@@ -168,19 +176,18 @@ class Index:
     def commit(self, key: bytes) -> bool:
         """The object is complete. True if it was deleted meanwhile: the caller removes it, and then says `gone`."""
         with self._lock:
-            entry = self._entries[key]
-            if entry.doomed:
-                entry.state = State.LEAVING
-                self._leaving += entry.size
+            if key in self._doomed:
+                self._states[key] = State.LEAVING
+                self._leaving += self._sizes[key]
                 return True
-            entry.state = State.READY
+            del self._states[key]
             self._enter(key, None)
             return False
 
     def abort(self, grant: Grant) -> None:
         """Nothing was written, or it was taken back. Victims that are not gone are `stuck`."""
         with self._lock:
-            self._used -= self._entries.pop(grant.key).size
+            self._erase(grant.key)
             self._pledged -= grant.pledged
             self._stuck.update(grant.victims)
 
@@ -193,27 +200,26 @@ class Index:
         writer, or who removes it already.
         """
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
+            if key not in self._sizes:
                 return None
-            if entry.state is State.READY:
-                self._leave(key, entry)
-                return not entry.readers
-            entry.doomed = True
+            if key not in self._states:
+                self._leave(key)
+                return key not in self._readers
+            if self._states[key] is State.WRITING:
+                self._doomed.add(key)
             return False
 
-    def _leave(self, key: bytes, entry: Entry) -> None:
-        entry.state = State.LEAVING
+    def _leave(self, key: bytes) -> None:
+        self._states[key] = State.LEAVING
         self._ready -= 1
-        self._leaving += entry.size
+        self._leaving += self._sizes[key]
         if self._unsettled is None or self._unsettled.pop(key, None) is None:
             self._policy.remove(key)
 
     def gone(self, key: bytes, grant: Grant | None = None) -> None:
         """The bytes of a leaving object are free, for `grant` if it was a victim of that."""
         with self._lock:
-            size = self._entries.pop(key).size
-            self._used -= size
+            size = self._erase(key)
             self._leaving -= size
             if grant is not None:
                 grant.victims.remove(key)
@@ -246,7 +252,7 @@ class Index:
                 return victims
             self._choose(excess, victims)
             for key in victims:
-                self._leave(key, self._entries[key])
+                self._leave(key)
             self.evicted += len(victims)
             return victims
 
@@ -255,10 +261,9 @@ class Index:
     def adopt(self, key: bytes, size: int, when: float, expires: float) -> bool:
         """An object was found. False if its key is known, in whatever state."""
         with self._lock:
-            if key in self._entries:
+            if key in self._sizes:
                 return False
-            self._entries[key] = Entry(size, expires, State.READY)
-            self._used += size
+            self._record(key, size, expires)
             self._enter(key, when)
             return True
 
@@ -267,7 +272,12 @@ class Index:
         if when is not None and self._unsettled is not None:
             self._unsettled[key] = when
         else:
-            self._policy.insert(key)
+            self._insert(key)
+
+    def _insert(self, key: bytes) -> None:
+        """Policies take the first touch for the writer's own; here only later requests touch."""
+        self._policy.insert(key)
+        self._policy.touch(key)
 
     def _touch(self, key: bytes) -> None:
         if self._unsettled is None or key not in self._unsettled:
@@ -281,48 +291,57 @@ class Index:
             self._unsettled = {} if self._unsettled is None else self._unsettled
 
     def settle(self) -> None:
-        """The scan is over: what it found can be evicted, the oldest first; what was used meanwhile, last."""
+        """The scan is over: what it found can be evicted, the oldest first; what was used meanwhile, last.
+
+        Takes about 3 s for a million, with pauses.
+        """
         with self._lock:
-            pending = list((self._unsettled or {}).items())
-        pending.sort(key=lambda item: item[1])
-        for start in range(0, len(pending), _BATCH):
+            keys, times = list(self._unsettled or ()), list((self._unsettled or {}).values())
+        when = np.empty(len(keys))
+        for start in range(0, len(keys), _BATCH):
+            when[start : start + _BATCH] = times[start : start + _BATCH]
+        order = np.argsort(when, kind="stable")  # without the GIL, which a sort of a million objects holds for 0.3 s
+        for start in range(0, len(keys), _BATCH):
+            time.sleep(_PAUSE)
             with self._lock:
-                for key, _ in pending[start : start + _BATCH]:
-                    if self._unsettled is not None and self._unsettled.pop(key, None) is not None:
-                        self._policy.insert(key)
+                for i in order[start : start + _BATCH].tolist():
+                    if self._unsettled is not None and self._unsettled.pop(keys[i], None) is not None:
+                        self._insert(keys[i])
         with self._lock:
             for key in self._unsettled or {}:  # came while we sorted
-                self._policy.insert(key)
+                self._insert(key)
             for key in self._touched:
-                entry = self._entries.get(key)
-                if entry is not None and entry.state is State.READY:
+                if key in self._sizes and key not in self._states:
                     self._policy.touch(key)
             self._touched = []
             self._unsettled = None
 
     def knows(self, key: bytes) -> bool:
         """Whether there is a record of `key`, in whatever state."""
-        return key in self._entries
+        return key in self._sizes
 
     def ready(self) -> dict[bytes, int]:
         """Key → size of all objects that can be found. O(objects), for `check`."""
         with self._lock:
-            return {key: entry.size for key, entry in self._entries.items() if entry.state is State.READY}
+            return {key: size for key, size in self._sizes.items() if key not in self._states}
 
     def check(self) -> list[str]:
         """Every broken invariant. O(objects), under the lock: for tests, idle time and the CLI."""
         with self._lock:
             faults = []
-            held = sum(entry.size for entry in self._entries.values())
+            held = sum(self._sizes.values())
             if held != self._used:
                 faults.append(f"{self._used} bytes are counted and {held} are held")
-            ready = {key for key, entry in self._entries.items() if entry.state is State.READY}
+            ready = self._sizes.keys() - self._states.keys()
             if len(ready) != self._ready:
                 faults.append(f"{self._ready} objects are counted and {len(ready)} are ready")
-            waiting = set(self._unsettled or ())
-            if set(self._policy.victims()) | waiting != ready:
+            if set(self._policy.victims()) | set(self._unsettled or ()) != ready:
                 faults.append("the policy's keys are not the ready objects")
-            leaving = sum(entry.size for entry in self._entries.values() if entry.state is State.LEAVING)
+            left = [key for key, state in self._states.items() if state is State.LEAVING]
+            leaving = sum(self._sizes[key] for key in left)
             if leaving != self._leaving or not 0 <= self._pledged <= leaving:
                 faults.append(f"{self._leaving} bytes are leaving, {leaving} really, {self._pledged} of them pledged")
+            notes = self._states.keys() | self._expires.keys() | self._readers.keys() | self._doomed | self._stuck
+            if notes - self._sizes.keys() or self._stuck - set(left):
+                faults.append("something is noted about objects that there are not")
             return faults

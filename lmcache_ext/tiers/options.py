@@ -18,7 +18,7 @@ class Options:
     """GB (2^30 bytes) that objects may take, headers and rounding included; None: no bound"""
     policy: str = "LRU"
     """who leaves first, a name from `lmcache_ext.policies`"""
-    threads: int = 4
+    threads: int = 8
     """threads that do I/O; stores use all but one of them"""
     store_queue: int = 64
     """keys of stores, waiting or under way, beyond which stores are refused"""

@@ -211,7 +211,7 @@ def test_objects_expire(make: Make) -> None:
 def test_capacity_holds_at_every_moment(make: Make) -> None:
     tier = make(gauge=True)
     footprint = tier.medium.footprint(WHOLE)
-    tier = make(gauge=True, capacity_gb=gb(5 * footprint + 100), store_queue=1000)
+    tier = make(gauge=True, capacity_gb=gb(5 * footprint + 100), store_queue=1000, threads=3)
     gauge = tier.medium.inner if isinstance(tier.medium, Faulty) else tier.medium
     assert isinstance(gauge, Gauge)
     jobs = [tier.submit_store([key(i)], [chunk(i)]) for i in range(60)]
@@ -319,7 +319,7 @@ def test_a_hang_ends_by_the_deadline_and_holds_its_buffers(
 
 
 def test_close_is_in_time_though_io_hangs(spoilt: Callable[..., tuple[Runner, Faulty]]) -> None:
-    tier, medium = spoilt()
+    tier, medium = spoilt(threads=4)
     store(tier, 1)
     medium.faults.hang = 1
     load_job = tier.submit_load([key(1)], [blank()], timeout=30)

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from lmcache_ext.policies import POLICIES
 from lmcache_ext.policies.lru import LRU
 from lmcache_ext.tiers import Outcome
 from lmcache_ext.tiers.breaker import Breaker
@@ -148,11 +149,11 @@ def test_more_than_may_be_there_leaves() -> None:
     assert index.used == 20 and index.check() == []
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_traffic_keeps_every_invariant(seed: int) -> None:
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_random_traffic_keeps_every_invariant(policy: str) -> None:
     """Against what would lie on a disk: `there` is written late and removed early, as a runner does."""
-    rng = Random(seed)
-    index = Index(LRU(), 100)
+    rng = Random(policy)
+    index = Index(POLICIES.get(policy)(), 100)
     there: dict[bytes, int] = {}
     grants: list[tuple[Grant, int]] = []
     leaving: list[bytes] = []
