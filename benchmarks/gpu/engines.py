@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,15 @@ class Run:
                 if system.name != "none":
                     system.ask("forget")
                     self.take(system, f"warm {what}", prompts)
+
+    def use(self, requests: int) -> None:
+        """Serve so many requests of random length first: a prompt's blocks are scattered then, as in any engine that has
+        run for a while (benchmarks/fragments.py)."""
+        rng = random.Random(0)
+        prompts = [[500000 + i, self.length(rng.randint(500, 2000))] for i in range(requests)]
+        for system in self.systems:
+            system.ask("stream", prompts=prompts, at_once=16, tokens=8)
+            system.ask("forget")
 
     def throughput(self) -> None:
         """Random prompts that hit nothing."""
@@ -200,6 +210,7 @@ def main() -> None:
     parser.add_argument("--parts", default="32k,8k,batch,random,decode")
     parser.add_argument("--pool-gb", type=float, default=30)
     parser.add_argument("--kv-gb", type=float, default=26.5, help="KV memory of each engine")
+    parser.add_argument("--used", type=int, default=0, help="requests served before anything is measured")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--llm", default="{}", help="JSON of further arguments to LLM, for all systems")
     parser.add_argument("--scale", type=float, default=1.0, help="lengths, to try it out")
@@ -227,6 +238,7 @@ def main() -> None:
         for system in systems:  # warm up what the first requests warm up
             for prompts in (run.fresh(1, 2048), run.fresh(3, 4096)):
                 system.ask("generate", prompts=prompts, tokens=4)
+        run.use(options.used)
         colds = options.colds or options.pairs
         stages = {
             "32k": lambda: run.prompts_of("32k", 1, LONG, colds),
@@ -255,7 +267,7 @@ def write(run: Run, options: argparse.Namespace, limit: dict[str, Any], bytes_a_
     given = f" --llm '{options.llm}'" if options.llm != "{}" else ""
     command = (
         f"python benchmarks/gpu/engines.py --systems {options.systems} --pairs {options.pairs} --parts {options.parts} "
-        f"--pool-gb {options.pool_gb:g} --kv-gb {options.kv_gb:g} --tp {options.tp}{given}"
+        f"--pool-gb {options.pool_gb:g} --kv-gb {options.kv_gb:g} --used {options.used} --tp {options.tp}{given}"
     )
     return [
         f"# Engines side by side, vLLM {vllm.__version__}",
