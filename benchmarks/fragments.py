@@ -3,7 +3,7 @@
     python benchmarks/fragments.py [--out benchmarks/results/fragments.md]
 
 vLLM's own block pool, 16 requests at once that come with a prompt of random length, take blocks as they decode, and go
-in random order. A run is a stretch of blocks of one prompt with rising adjacent numbers: what one strided copy could move.
+in random order. A run: blocks of one prompt with rising adjacent numbers, so what one strided copy could move.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Run:
                     self.take(system, f"warm {what}", prompts)
 
     def use(self, requests: int) -> None:
-        """Serve so many requests of random length first: a prompt's blocks are scattered then, as in any engine that has
+        """Serve so many requests of random length first: then a prompt's blocks are scattered, as in an engine that has
         run for a while (benchmarks/fragments.py)."""
         rng = random.Random(0)
         prompts = [[500000 + i, self.length(rng.randint(500, 2000))] for i in range(requests)]
