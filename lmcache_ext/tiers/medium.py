@@ -27,9 +27,10 @@ class Found(NamedTuple):
 class Medium(ABC):
     """Holds objects: a header of 4096 bytes and a payload in parts, under a key of 32 bytes.
 
-    Called from several of the runner's threads at once, never twice at once with the same key except for reads. Calls
-    block, let go of the GIL while they do, and raise OSError (or anything that is an Exception) for a fault. Between
-    `open` and `close`; `close` comes only when no call is under way.
+    Called from several of the runner's threads at once, between `open` and `close`; `close` comes when no call is under
+    way. Calls block, let go of the GIL while they do, and raise OSError (or anything that is an Exception) for a fault.
+    With one key several reads may run at once, and, seldom, the removal of an object that the runner did not know
+    beside a write: then either may win, as long as what can be read is one whole object.
     """
 
     lasting = False

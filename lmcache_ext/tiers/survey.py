@@ -37,20 +37,24 @@ class Survey:
         self._objects = objects
         self._ended = ended
         self._closing = closing
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None  # guarded by _lock
         self.complete = False  # once a whole scan has succeeded
 
     def start(self) -> None:
         """Scan in the background, unless a scan runs."""
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="tier-scan", daemon=True)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="tier-scan", daemon=True)
+                self._thread.start()
 
     def join(self, timeout: float) -> bool:
         """Wait for the scan under way, at most `timeout` seconds. Whether none runs."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        return self._thread is None or not self._thread.is_alive()
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        return thread is None or not thread.is_alive()
 
     def _run(self) -> None:
         fault: Exception | None = None
