@@ -1,4 +1,5 @@
-"""Prefill and decode apart, for real: what decode gets comes by NIXL, what prefill need not compute from our cache."""
+"""Prefill and decode apart behind the KV router, with etcd and NATS: what decode gets comes by NIXL, what prefill need
+not compute from our cache. With files and TCP: test_kill.py."""
 
 from __future__ import annotations
 
@@ -33,14 +34,6 @@ def prove(script: Script, decode: int, prefill: list[int]) -> None:
     assert 0 < moved[0] < moved[1]
     assert sum(script.metric(i, HITS) for i in prefill) == promised
     assert script.metric(decode, HITS) == 0
-
-
-def test_files_and_tcp(tmp_path: Path) -> None:
-    with serving(tmp_path, "disagg_lmcache.sh", "--no-enable-prefix-caching", "--enforce-eager") as script:
-        prove(script, decode=0, prefill=[1])
-        assert script.listeners() == set()
-        assert script.cpu_share(4.0) < 0.5, "an idle NIXL agent must not burn a core"
-        script.interrupt()
 
 
 @pytest.fixture
