@@ -7,9 +7,11 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -60,18 +62,22 @@ def bytes_in(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A small file system of its own; needs root."""
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], timeout=10, check=False
-    )
-    if made.returncode:
-        pytest.skip("mounting is not allowed here")
+def mounted(*what: str) -> Iterator[Path]:
+    """A mount of its own, for which root is needed; not in pytest's folders, whose removal it would break if we die."""
+    folder = Path(tempfile.mkdtemp(prefix="lmcache-ext-mount-"))
+    made = subprocess.run(["mount", *what, str(folder)], timeout=10, check=False)
     try:
+        if made.returncode:
+            pytest.skip("mounting is not allowed here")
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], timeout=10, check=False)
+        folder.rmdir()
+
+
+def small(megabytes: int) -> contextlib.AbstractContextManager[Path]:
+    """A file system of that size, in memory."""
+    return mounted("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -196,7 +202,6 @@ def writer(folder: Path, odirect: bool, first: int) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("odirect", [True, False])
 def test_a_writer_killed_at_any_moment_leaves_nothing_wrong(tmp_path: Path, odirect: bool) -> None:
     rng = random.Random(odirect)
-    leftovers = 0
     for turn in range(4):
         first = 1000 * turn
         with writer(tmp_path, odirect, first) as process:
@@ -205,7 +210,6 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_wrong(tmp_path: Path, odir
             time.sleep(rng.random() * 0.01)
             process.send_signal(signal.SIGKILL)
             process.wait(timeout=10)
-        leftovers += len(list(tmp_path.rglob("*.tmp")))
         with disk(tmp_path, capacity_gb=0.002) as tier:
             assert not list(tmp_path.rglob("*.tmp")), "a dead writer's leftovers are still there"
             there = [i for i in range(first, first + 500) if tier.index.knows(key(i))]
@@ -239,8 +243,8 @@ def test_leftovers_go_and_a_living_writers_file_stays(tmp_path: Path) -> None:
 # -- disks that fail --------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_fails_stores_and_nothing_else(tmp_path: Path) -> None:
-    with mounted(tmp_path / "m", 2) as folder, disk(folder, faults=3, cooldown=0.2) as tier:
+def test_a_full_disk_fails_stores_and_nothing_else() -> None:
+    with small(2) as folder, disk(folder, faults=3, cooldown=0.2) as tier:
         outcomes = [store(tier, i, chunk(i, 400_000)) for i in range(9)]
         kept = [i for i, outcome in enumerate(outcomes) if outcome is Outcome.OK]
         assert kept == list(range(len(kept))) and Outcome.FAILED in outcomes and outcomes[-1] is Outcome.OFF
@@ -272,8 +276,8 @@ def remount(folder: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], timeout=10, check=True)
 
 
-def test_a_read_only_disk_gives_back_what_it_holds(tmp_path: Path) -> None:
-    with mounted(tmp_path / "m", 4) as folder:
+def test_a_read_only_disk_gives_back_what_it_holds() -> None:
+    with small(4) as folder:
         with disk(folder, faults=2) as tier:
             store(tier, 1)
             remount(folder, "ro")
@@ -288,27 +292,29 @@ def test_a_read_only_disk_gives_back_what_it_holds(tmp_path: Path) -> None:
             until(lambda: tier.check() == [])
 
 
-def test_a_lost_mount_is_misses_and_writes_nothing_elsewhere_until_it_is_back(tmp_path: Path) -> None:
-    with mounted(tmp_path / "m", 4) as folder:
-        with disk(folder, faults=2) as tier:
+def test_a_lost_mount_is_misses_and_writes_nothing_elsewhere_until_it_is_back() -> None:
+    with small(4) as kept:
+        with mounted("--bind", str(kept)) as folder:
+            tier = over(Disk([folder]), faults=2)
             store(tier, 1), store(tier, 2)
-            hidden = tmp_path / "elsewhere"
-            hidden.mkdir()
-            subprocess.run(["mount", "--bind", str(folder), str(hidden)], timeout=10, check=True)
-            subprocess.run(["umount", str(folder)], timeout=10, check=True)
+        folder.mkdir()
+        try:
+            assert load(tier, 1) is Outcome.MISS
+            assert [store(tier, i) for i in (3, 4, 5)] == [Outcome.FAILED, Outcome.FAILED, Outcome.OFF]
+            time.sleep(0.3)
+            tier.poll()
+            time.sleep(0.1)
+            assert store(tier, 6) is Outcome.OFF and list(folder.iterdir()) == []
+            subprocess.run(["mount", "--bind", str(kept), str(folder)], timeout=10, check=True)
             try:
-                assert load(tier, 1) is Outcome.MISS
-                assert [store(tier, i) for i in (3, 4, 5)] == [Outcome.FAILED, Outcome.FAILED, Outcome.OFF]
-                time.sleep(0.3)
-                tier.poll()
-                time.sleep(0.1)
-                assert store(tier, 6) is Outcome.OFF and list(folder.iterdir()) == []
+                until(lambda: store(tier, 7) is Outcome.OK)
+                until(lambda: found(tier, 1, 2, 7) == [True] * 3, 5)
+                assert load(tier, 1) is Outcome.OK
+                assert tier.close(5)
             finally:
-                subprocess.run(["mount", "--bind", str(hidden), str(folder)], timeout=10, check=True)
-            until(lambda: store(tier, 7) is Outcome.OK)
-            until(lambda: found(tier, 1, 2, 7) == [True] * 3, 5)
-            assert load(tier, 1) is Outcome.OK
-        subprocess.run(["umount", "-l", str(hidden)], timeout=10, check=False)
+                subprocess.run(["umount", "-l", str(folder)], timeout=10, check=True)
+        finally:
+            shutil.rmtree(folder)
 
 
 def test_a_folder_that_was_emptied_fills_again(tmp_path: Path) -> None:
