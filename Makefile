@@ -4,13 +4,15 @@ VENV ?= $(CURDIR)/.venv
 export VENV
 PY := $(VENV)/bin/python
 ARGS ?=
+# Files of tests that run at once. More than two want more than two cores.
+WORKERS ?= 2
 
 .PHONY: help setup check test format bench lock clean
 
 help:
 	@echo "make setup    install what is missing into $(VENV)"
 	@echo "make check    ruff, mypy --strict, tests/static"
-	@echo "make test     all tests; ARGS='tests/cli -k doctor' picks some"
+	@echo "make test     all tests; ARGS='tests/cli -k doctor' picks some, WORKERS=0 runs one by one"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make bench    benchmarks/ttft.py"
 	@echo "make lock     rewrite requirements/cpu.lock and dev.lock from what is installed"
@@ -26,7 +28,7 @@ check: setup
 	$(PY) -m pytest -q tests/static
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 format: setup
 	$(PY) -m ruff check --fix .
