@@ -164,7 +164,7 @@ def test_while_the_scan_runs_loads_and_lookups_are_served_and_stores_wait(
             go_on.wait(timeout=20)
 
     monkeypatch.setattr(Disk, "scan", slow)
-    tier = Runner(Disk([tmp_path]), tier.options, "test")
+    tier = Runner(Disk([tmp_path]), Options(lookup_timeout=5, faults=1), "test")
     assert found(tier, 3, 2, 9) == [True, True, False] and not tier.scanned
     assert load(tier, 1) is Outcome.OK
     job = tier.submit_store([key(9)], [chunk(9)], timeout=20)
