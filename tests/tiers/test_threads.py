@@ -56,3 +56,22 @@ def test_a_job_that_ended_in_the_queue_never_touches_its_buffers() -> None:
     assert store(tier, 2) is Outcome.OK and load(tier, 2) is Outcome.OK
     assert not any(content(into)) and tier.freed() == []
     assert tier.check() == [] and tier.close(5)
+
+
+def test_only_real_work_that_succeeds_calms_a_breaker() -> None:
+    tier = over(Example(), Faults(), faults=2, cooldown=30.0)
+    medium = tier.medium
+    assert isinstance(medium, Faulty)
+    store(tier, 1), store(tier, 2), store(tier, 3)
+    medium.inner.remove(key(2))
+    medium.faults.error = 1
+    assert load(tier, 1) is Outcome.FAILED
+    medium.faults.error = 0
+    assert load(tier, 3) is Outcome.OK
+    medium.faults.error = 1
+    assert load(tier, 1) is Outcome.FAILED and tier.counts().trips == 0
+    medium.faults.error = 0
+    assert load(tier, 2) is Outcome.MISS
+    medium.faults.error = 1
+    assert load(tier, 1) is Outcome.FAILED and tier.counts().trips == 1
+    assert tier.close(5)
