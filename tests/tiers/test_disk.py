@@ -110,6 +110,12 @@ def test_o_direct_is_used_where_it_is_granted_and_parts_are_aligned(
         assert load(tier, 1) is Outcome.OK
 
 
+def test_an_odd_size_counts_in_whole_blocks(tmp_path: Path) -> None:
+    with disk(tmp_path) as tier:
+        store(tier, 1, chunk(1, 5000, 1))
+        assert tier.counts().used == BLOCK + 8192 == bytes_in(tmp_path)
+
+
 def test_reading_by_the_page_cache_what_o_direct_wrote_and_the_other_way_round(tmp_path: Path) -> None:
     for first, then in ((True, False), (False, True)):
         with disk(tmp_path / str(first), odirect=first) as tier:

@@ -75,3 +75,15 @@ def test_only_real_work_that_succeeds_calms_a_breaker() -> None:
     medium.faults.error = 1
     assert load(tier, 1) is Outcome.FAILED and tier.counts().trips == 1
     assert tier.close(5)
+
+
+def test_what_is_deleted_while_it_is_written_is_gone_when_it_is_written() -> None:
+    medium = StuckWrites()
+    tier = over(medium)
+    job = tier.submit_store([key(1)], [chunk(1)])
+    until(lambda: medium.waiting == 1)
+    assert end(tier, tier.delete([key(1)])).ok == [True]
+    medium.let_go.set()
+    assert end(tier, job).ok == [True]
+    assert medium.size(key(1)) is None and load(tier, 1) is Outcome.MISS
+    assert tier.counts().used == 0 and tier.check() == [] and tier.close(5)
