@@ -39,12 +39,12 @@ Make = Callable[..., Runner]
 
 
 @pytest.fixture(params=[*KINDS, *(f"faulty {kind}" for kind in KINDS)])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
+def make(request: pytest.FixtureRequest, quick_path: Path) -> Iterator[Make]:
     """Opens tiers of one kind; `gauge=True` measures what is on the medium."""
     made: list[Runner] = []
 
     def open_one(gauge: bool = False, **options: Any) -> Runner:
-        medium = medium_of(request.param.removeprefix("faulty "), tmp_path / str(len(made)))
+        medium = medium_of(request.param.removeprefix("faulty "), quick_path / str(len(made)))
         faults = Faults() if request.param.startswith("faulty") else None
         made.append(over(Gauge(medium) if gauge else medium, faults, **options))
         return made[-1]
@@ -55,12 +55,12 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
 
 
 @pytest.fixture(params=KINDS)
-def spoilt(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., tuple[Runner, Faulty]]]:
+def spoilt(request: pytest.FixtureRequest, quick_path: Path) -> Iterator[Callable[..., tuple[Runner, Faulty]]]:
     """Opens a tier that works, to be spoilt by the test."""
     made: list[Runner] = []
 
     def open_one(**options: Any) -> tuple[Runner, Faulty]:
-        tier = over(medium_of(request.param, tmp_path), Faults(), **options)
+        tier = over(medium_of(request.param, quick_path), Faults(), **options)
         made.append(tier)
         assert isinstance(tier.medium, Faulty)
         return tier, tier.medium
