@@ -8,6 +8,7 @@ KILL_ROUNDS (default 2) and KILL_SEED (default 1) say how many kills, and which 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -179,6 +180,17 @@ def test_files_and_tcp(script: Script) -> None:
     prove(script, decode=DECODE, prefill=[PREFILL])
     assert script.listeners() == set()
     assert script.cpu_share(4.0) < 0.5, "an idle NIXL agent must not burn a core"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"), [({"prompt": "a" * 5000}, 400), ({"prompt": ""}, 400), ({"model": "nobody"}, 404)]
+)
+def test_bad_requests_get_openai_errors(script: Script, wrong: dict[str, str], status: int) -> None:
+    body = {"model": "demo", "prompt": "a", "max_tokens": 1, **wrong}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(f"http://127.0.0.1:{script.http_port}/v1/completions", body)
+    with caught.value as error:
+        assert error.code == status and json.loads(error.read())["message"]
 
 
 def test_killed_workers(deployment: Deployment) -> None:

@@ -1,6 +1,6 @@
 """Prefill and decode apart, and the KV router, under a real Dynamo on this machine. About twelve minutes on two cores.
 
-    python benchmarks/dynamo.py [--rounds 7] [--out benchmarks/results/dynamo_cpu.md]
+    python benchmarks/deployments.py [--rounds 7] [--out benchmarks/results/deployments_cpu.md]
 
 Each deployment is a launch script, two workers with half of the cores each, on a model with random weights and the demo
 model's tokenizer (a token a character).
@@ -204,7 +204,7 @@ def main() -> None:
     lines = [
         "# Prefill and decode apart, and the router, on a CPU machine",
         "",
-        f"`python benchmarks/dynamo.py --rounds {options.rounds}` on {os.cpu_count()} cores, "
+        f"`python benchmarks/deployments.py --rounds {options.rounds}` on {os.cpu_count()} cores, "
         f"{time.strftime('%Y-%m-%d')}. Each figure: mean (least to most), in ms.",
         "",
         f"| time to first token, {LONG} tokens | ms |",
