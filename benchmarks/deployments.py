@@ -32,6 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from report import say
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "launch" / "demo_model"
 SHAPE = {
@@ -219,10 +222,7 @@ def main() -> None:
         f"| time to first token, ms | {milliseconds(kv[1])} | {milliseconds(robin[1])} |",
         f"| tokens of the prefix that were not computed | {kv[2]:.1%} | {robin[2]:.1%} |",
     ]
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.write_text(report)
+    say(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from lmcache_ext.engine import Chunk, Directory
 from lmcache_ext.keys import Chain
 from lmcache_ext.policies.lru import LRU
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from report import say
+
 TOKENS, CHUNK, ROUNDS = 32768, 256, 200
 ROOT = b"r" * 32
 
@@ -76,11 +79,7 @@ def main() -> None:
     ]
     for what, v in rows.items():
         lines.append(f"| {what} | {statistics.median(v):.0f} us | {v[int(len(v) * 0.99)]:.0f} us |")
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(report)
+    say(lines, options.out)
 
 
 if __name__ == "__main__":

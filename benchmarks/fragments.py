@@ -19,6 +19,9 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from report import say
+
 BLOCK, RUNNING = 16, 16
 PROMPTS = ((500, 2000), (2000, 8000), (8000, 32000))  # tokens, least and most
 POOLS = (4000, 16000, 64000)  # blocks
@@ -77,10 +80,7 @@ def main() -> None:
             found = serve(size, least, most, random.Random(1))
             cells = " | ".join(f"{found[moment]:.1f}" for moment in MOMENTS)
             lines.append(f"| {size} | {least} to {most} | {cells} |")
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.write_text(report)
+    say(lines, options.out)
 
 
 if __name__ == "__main__":

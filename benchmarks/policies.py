@@ -26,6 +26,9 @@ from pathlib import Path
 from lmcache_ext.engine import Chunk, Directory
 from lmcache_ext.policies import POLICIES, EvictionPolicy
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from report import say
+
 BLOCK, CHUNK = 512, 256  # tokens
 STEP = 32  # chunks that an engine computes, and stores, at a time: 8,192 tokens
 TIMED = 3_000  # requests
@@ -46,27 +49,44 @@ class Blocks:
         return list(itertools.islice(self._next, max(1, math.ceil(tokens / BLOCK))))
 
 
-def conversation(requests: int, rng: random.Random) -> Trace:
-    """Chats: 1 shared block, a heavy-tailed first prompt, turns that append, minutes in between; 3.4 requests a second.
-
-    A turn's last block is not full, so the next turn has another one in its place.
+def sessions(
+    requests: int,
+    rng: random.Random,
+    blocks: Blocks,
+    rate: float,
+    first: Callable[[], list[int]],
+    again: float,
+    growth: tuple[float, float],
+    pause: tuple[float, float],
+) -> Trace:
+    """Sessions that begin at random, `rate` a second, with the blocks that `first` makes. Each request is followed by
+    another with probability `again`, after a `pause` in seconds, that appends `growth` tokens; both are the median and
+    the width of a log-normal distribution. A request's last block is not full, so the next has another in its place.
     """
-    blocks = Blocks()
-    system = blocks.fresh(BLOCK)
     due: list[tuple[float, int, list[int]]] = []  # when, tie breaker, the history
     clock = 0.0
     trace: Trace = []
     while len(trace) < requests:
         if not due or due[0][0] > clock:
-            clock += rng.expovariate(2.0)
-            prompt = rng.lognormvariate(math.log(5_000), 1.3)
-            heapq.heappush(due, (clock, len(trace), system + blocks.fresh(min(prompt, 120_000))))
+            clock += rng.expovariate(rate)
+            heapq.heappush(due, (clock, len(trace), first()))
         when, _, history = heapq.heappop(due)
         trace.append(history)
-        if rng.random() < 0.41:
-            grown = history[:-1] + blocks.fresh(BLOCK + rng.lognormvariate(math.log(700), 1.2))
-            heapq.heappush(due, (when + rng.lognormvariate(math.log(170), 1.2), len(trace), grown))
+        if rng.random() < again:
+            grown = history[:-1] + blocks.fresh(BLOCK + rng.lognormvariate(math.log(growth[0]), growth[1]))
+            heapq.heappush(due, (when + rng.lognormvariate(math.log(pause[0]), pause[1]), len(trace), grown))
     return trace
+
+
+def conversation(requests: int, rng: random.Random) -> Trace:
+    """Chats: a shared block, a heavy-tailed first prompt, turns that append, minutes apart; 3.4 requests a second."""
+    blocks = Blocks()
+    system = blocks.fresh(BLOCK)
+
+    def first() -> list[int]:
+        return system + blocks.fresh(min(rng.lognormvariate(math.log(5_000), 1.3), 120_000))
+
+    return sessions(requests, rng, blocks, 2.0, first, 0.41, (700, 1.2), (170, 1.2))
 
 
 def tool_agent(requests: int, rng: random.Random) -> Trace:
@@ -75,21 +95,13 @@ def tool_agent(requests: int, rng: random.Random) -> Trace:
     system = blocks.fresh(BLOCK)
     tools = [blocks.fresh(min(rng.lognormvariate(math.log(3_500), 0.7), 20_000)) for _ in range(200)]
     weights = [1 / (rank + 1) for rank in range(len(tools))]
-    due: list[tuple[float, int, list[int]]] = []
-    clock = 0.0
-    trace: Trace = []
-    while len(trace) < requests:
-        if not due or due[0][0] > clock:
-            clock += rng.expovariate(5.0)
-            own = blocks.fresh(min(rng.lognormvariate(math.log(2_000), 1.3), 60_000))
-            shared = rng.choices(tools, weights)[0] if rng.random() < 0.65 else system
-            heapq.heappush(due, (clock, len(trace), shared + own))
-        when, _, history = heapq.heappop(due)
-        trace.append(history)
-        if rng.random() < 0.25:
-            grown = history[:-1] + blocks.fresh(BLOCK + rng.lognormvariate(math.log(400), 1.0))
-            heapq.heappush(due, (when + rng.lognormvariate(math.log(20), 1.5), len(trace), grown))
-    return trace
+
+    def first() -> list[int]:
+        own = blocks.fresh(min(rng.lognormvariate(math.log(2_000), 1.3), 60_000))
+        shared = rng.choices(tools, weights)[0] if rng.random() < 0.65 else system
+        return shared + own
+
+    return sessions(requests, rng, blocks, 5.0, first, 0.25, (400, 1.0), (20, 1.5))
 
 
 def synthetic(requests: int, rng: random.Random) -> Trace:
@@ -324,11 +336,7 @@ def main() -> None:
     ]
     for name, trace in traces.items():
         lines += workload(name, trace)
-    report = "\n".join([*lines, *times(*next(iter(traces.items())))]) + "\n"
-    sys.stdout.write(report)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(report)
+    say([*lines, *times(*next(iter(traces.items())))], options.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ from pathlib import Path
 
 from lmcache_ext.tiers import Parts, Tier, open_tier
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from report import say
+
 MIB = 1 << 20
 MARK = 0.9
 
@@ -218,7 +221,7 @@ def main() -> None:
     finally:
         tier.close(10)
         shutil.rmtree(options.raw)
-    report = "\n".join(
+    say(
         [
             f"`python benchmarks/tiers.py {' '.join(sys.argv[1:])}` on {platform.machine()}, {os.cpu_count()} cores, "
             f"{time.strftime('%Y-%m-%d')}; {options.threads} threads, {options.rounds} rounds, chunks of two parts.",
@@ -230,11 +233,9 @@ def main() -> None:
             "| one at a time | median, ms | longest of 20, ms |",
             "|---|---|---|",
             *times,
-        ]
+        ],
+        options.out,
     )
-    sys.stdout.write(report + "\n")
-    if options.out:
-        options.out.write_text(report + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from report import say
+
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816,
     "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 2048,
@@ -186,8 +189,8 @@ def ratio(a: list[float], b: list[float]) -> str:
     return f"{statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]"
 
 
-def table(taken: dict[str, list[float]], pairs: int, dtype: str) -> str:
-    """The report, as Markdown."""
+def table(taken: dict[str, list[float]], pairs: int, dtype: str) -> list[str]:
+    """The report, in lines of Markdown."""
     lines = [
         "# Time to first token on two CPU cores",
         "",
@@ -204,7 +207,7 @@ def table(taken: dict[str, list[float]], pairs: int, dtype: str) -> str:
     lines += ["", "| ratio of pairs | median [least, most] | mark |", "|---|---|---|"]
     for a, b, mark in RATIOS:
         lines.append(f"| {a} / {b} | {ratio(taken[a], taken[b])} | {mark} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -230,11 +233,7 @@ def main() -> None:
         finally:
             for child in children.values():
                 child.close()
-    report = table(taken, options.pairs, options.dtype)
-    sys.stdout.write(report)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(report)
+    say(table(taken, options.pairs, options.dtype), options.out)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from pairs import interval, ratios, say, shown, verdict  # noqa: E402 - beside this file
+from pairs import interval, ratios, shown, verdict  # noqa: E402 - beside this file
+from report import say  # noqa: E402 - in the folder above
 from systems import LLAMA_8B, NAMES, System  # noqa: E402 - beside this file
 
 Times = dict[tuple[str, str], list[float]]  # (system, what) → seconds, by pair

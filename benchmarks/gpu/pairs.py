@@ -1,11 +1,9 @@
-"""What one pair says of another: ratios, paired, with an interval; and how a benchmark reports."""
+"""What one pair says of another: ratios, paired, with an interval."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 # Student's t, two-sided 95 %, by degrees of freedom: scipy would be a dependency for sixteen numbers.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
@@ -38,11 +36,3 @@ def verdict(values: Sequence[float], mark: float, at_most: bool = True) -> str:
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """mean [lower, upper]."""
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*interval(values), d=digits)
-
-
-def say(lines: Sequence[str], out: Path | None) -> None:
-    """Print a report, and keep it in `out`."""
-    report = "\n".join(lines) + "\n"
-    sys.stdout.write(report)
-    if out:
-        out.write_text(report)

@@ -28,8 +28,8 @@ from lmcache_ext.transfer.base import Way
 from lmcache_ext.transfer.driver import Driver
 from lmcache_ext.transfer.pool import Shape
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pairs import say
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from report import say
 
 GIB = 1 << 30
 TOTAL = 2 * GIB

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engines import link  # noqa: E402 - beside this file
-from pairs import say  # noqa: E402 - beside this file
+from report import say  # noqa: E402 - in the folder above
 from systems import LLAMA_8B, NAMES, System  # noqa: E402 - beside this file
 
 DOCUMENT, QUESTION, DOCUMENTS, AT_ONCE = 10000, 100, 16, 8

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from pairs import say, shown, verdict  # noqa: E402 - beside this file
+from pairs import shown, verdict  # noqa: E402 - beside this file
+from report import say  # noqa: E402 - in the folder above
 from systems import LLAMA_8B, NAMES, System  # noqa: E402 - beside this file
 
 _WHOLE = re.compile(r"is complete after ([0-9.]+) s")

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from lmcache_ext.cli.finding import Finding, fail, ok, warn
+from lmcache_ext.cli.network import LOOPBACK
 
 TIMEOUT_S = 3.0
-LOOPBACK = "127.0.0.1"
 
 Probe = Callable[[str, str, int], Awaitable[str]]  # address, host, port → the server's version
 

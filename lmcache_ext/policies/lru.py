@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-
-from lmcache_ext.policies.base import POLICIES, EvictionPolicy
+from lmcache_ext.policies.base import POLICIES
+from lmcache_ext.policies.fifo import FIFO
 
 
 @POLICIES.register("LRU")
-class LRU(EvictionPolicy):
-    """The key unused for longest leaves first."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[bytes, None] = OrderedDict()
-
-    def insert(self, key: bytes) -> None:
-        self._order[key] = None
+class LRU(FIFO):
+    """The key unused for longest leaves first: a queue in which a use begins anew."""
 
     def touch(self, key: bytes) -> None:
         self._order.move_to_end(key)
-
-    def remove(self, key: bytes) -> None:
-        del self._order[key]
-
-    def victims(self) -> Iterator[bytes]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
