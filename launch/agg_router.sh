@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serve one model from several workers behind Dynamo's KV router: each request goes to the worker that holds most of its
-# prefix, on the GPU or in the cache's host memory. Ctrl-C stops all.
+# prefix, on the GPU, in the cache's host memory, or on its disks. Ctrl-C stops all.
 #
 #   launch/agg_router.sh [flags of the workers]
 #
@@ -8,7 +8,7 @@
 #   HTTP_PORT        of the OpenAI API (default 8000); HTTP_HOST: its address (default 127.0.0.1)
 #   WORKERS          how many (default 2)
 #   ENABLE_LMCACHE   0 serves without the cache (default 1)
-#   ROUTER_FLAGS     more flags of the frontend, such as --router-host-cache-hit-weight 0.9
+#   ROUTER_FLAGS     more flags of the frontend; a KV hit in host memory counts 0.95 of one on the GPU unless they say otherwise
 #   LMCACHE_*        settings of the cache; README.md has the table
 #   DYN_SYSTEM_PORT  of the first worker's health and metrics (default 8081); the others take the ports that follow
 #   DYN_DISCOVERY_BACKEND  file (default: one machine, nothing to start) or etcd (then NATS carries requests and events;
@@ -31,7 +31,7 @@ open_run
 start_services
 check_machine
 # shellcheck disable=SC2086 # several flags
-start_frontend --router-mode kv ${ROUTER_FLAGS:-}
+start_frontend --router-mode kv $HOST_HITS ${ROUTER_FLAGS:-}
 for ((i = 0; i < WORKERS; i++)); do
     start_worker "worker$i" "$i" "$@"
     wait_until_serving "worker$i" # one after the other: each start needs the whole machine for a while

@@ -9,7 +9,7 @@
 #   PREFILL_WORKERS, DECODE_WORKERS  how many (default 2 and 1)
 #   ENABLE_LMCACHE   0: the prefill workers have no cache (default 1)
 #   DECODE_ENABLE_LMCACHE  1: the decode workers carry a cache of their own, too (default 0)
-#   ROUTER_FLAGS     more flags of the frontend, such as --router-host-cache-hit-weight 0.9
+#   ROUTER_FLAGS     more flags of the frontend; a KV hit in host memory counts 0.95 of one on the GPU unless they say otherwise
 #   LMCACHE_*        settings of the cache; README.md has the table
 #   DYN_SYSTEM_PORT  of the first worker's health and metrics (default 8081); the others take the ports that follow
 #   DYN_DISCOVERY_BACKEND  file (default: one machine, nothing to start) or etcd (then NATS carries requests and events;
@@ -36,7 +36,7 @@ open_run
 start_services
 check_machine
 # shellcheck disable=SC2086 # several flags
-start_frontend --router-mode kv ${ROUTER_FLAGS:-}
+start_frontend --router-mode kv $HOST_HITS ${ROUTER_FLAGS:-}
 export ENABLE_LMCACHE=$decode_cache
 for ((i = 0; i < decodes; i++)); do
     start_worker "decode$i" "$i" --is-decode-worker "$@"

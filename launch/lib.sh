@@ -33,16 +33,25 @@ set_up() {
 }
 
 flag_value() { # flag_value --name "$@": the value of a flag among the arguments, empty if it is not there
-    local flag=$1 value=
+    local flag=$1 value='' name
     shift
     while [ $# -gt 0 ]; do
-        case $1 in
-            "$flag") value=${2-} ;;
-            "$flag"=*) value=${1#*=} ;;
-        esac
+        name=${1%%=*}
+        if [ "${name//_/-}" = "$flag" ]; then # vLLM takes both spellings
+            case $1 in *=*) value=${1#*=} ;; *) value=${2-} ;; esac
+        fi
         shift
     done
     printf '%s' "$value"
+}
+
+ranks_of() { # ranks_of FLAGS: how many ranks an engine with these flags has
+    local tp pp
+    tp=$(flag_value --tensor-parallel-size "$@") pp=$(flag_value --pipeline-parallel-size "$@")
+    tp=${tp:-$(flag_value -tp "$@")} pp=${pp:-$(flag_value -pp "$@")}
+    [[ $tp =~ ^[1-9][0-9]*$ ]] || tp=1 # vLLM says what is wrong with anything else
+    [[ $pp =~ ^[1-9][0-9]*$ ]] || pp=1
+    printf '%s' $((tp * pp))
 }
 
 # MODEL, SERVED_NAME and MODEL_FLAGS, from the environment, the worker's flags ("$@") and the machine.
@@ -54,6 +63,7 @@ choose_model() {
         if [ "$device" = cuda ]; then MODEL=Qwen/Qwen3-0.6B; else MODEL=$DEMO_MODEL; fi
     fi
     SERVED_NAME=$(flag_value --served-model-name "$@")
+    SERVED_NAME=${SERVED_NAME%%[, ]*} # the others are aliases
     MODEL_FLAGS=(--model "$MODEL")
     if [ "$device" = cpu ]; then
         # vLLM would take half of the memory.
@@ -85,6 +95,7 @@ choose_network() {
     [[ $WORKERS =~ ^[1-9][0-9]*$ ]] || die "$WORKERS workers: the number of workers must be 1 or more"
     export HTTP_HOST=${HTTP_HOST:-127.0.0.1} HTTP_PORT=${HTTP_PORT:-8000} DYN_SYSTEM_PORT=${DYN_SYSTEM_PORT:-8081}
     export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
+    [ "$DYN_DISCOVERY_BACKEND" != mem ] || die "DYN_DISCOVERY_BACKEND=mem is known within one process only: use file or etcd"
     if [ "$DYN_DISCOVERY_BACKEND" = etcd ]; then
         # Else Dynamo sends requests by TCP and events by ZMQ.
         export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-nats} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-nats}
@@ -94,6 +105,10 @@ choose_network() {
     # One frontend, on this machine: it knows at once that a worker leaves.
     export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS:-1}
 }
+
+# For a KV router. Dynamo counts a hit in host memory as 0.75 of one on the GPU, and prefill like decode: then a worker
+# with one request more is passed over though it holds the prefix (docs/dynamo.md).
+HOST_HITS="--router-host-cache-hit-weight 0.95 --router-prefill-load-scale 2"
 
 # Without a KV router nobody listens to events and load, and Dynamo's ZMQ publishers would listen on all interfaces.
 publish_nothing() {
@@ -109,18 +124,13 @@ listens() { # listens URL DEFAULT_PORT: whether something accepts connections th
 }
 
 start_service() { # start_service NAME DEBIAN_PACKAGE VARIABLE URL PORT COMMAND...: unless it runs already
-    local name=$1 package=$2 variable=$3 url=$4 port=$5 deadline
+    local name=$1 package=$2 variable=$3 url=$4 port=$5
     shift 5
     ! listens "$url" "$port" || return 0
     case $url in *127.0.0.1:"$port" | *localhost:"$port") ;; *) return 0 ;; esac # somebody else's: doctor complains
     command -v "$1" >/dev/null || { say "$name is not installed (Debian's $package), and nothing answers at $variable=$url"; return 0; }
     start "$name" "$@"
-    deadline=$((SECONDS + 20))
-    until listens "$url" "$port"; do
-        check_alive
-        [ "$SECONDS" -lt "$deadline" ] || give_up $((${#PIDS[@]} - 1)) "$name does not listen at $url"
-        sleep 0.2
-    done
+    START_TIMEOUT_S=20 wait_for "$name at $url" listens "$url" "$port"
 }
 
 # With DYN_DISCOVERY_BACKEND=etcd: etcd and NATS on loopback, where they are installed and do not run yet.
@@ -173,37 +183,56 @@ start_frontend() { # start_frontend FLAGS...
         "$VENV/bin/python" -P -m dynamo_lmcache.frontend --http-host "$HTTP_HOST" --http-port "$HTTP_PORT" "$@"
 }
 
-# A worker, with its share of the machine: on CPUs its cores, on GPUs a card of its own or, where there are fewer, a part.
-start_worker() { # start_worker NAME INDEX FLAGS...; INDEX from 0 to WORKERS - 1
-    local name=$1 index=$2 share=() cores gpus
-    shift 2
-    local port=$((DYN_SYSTEM_PORT + index))
-    if [ "$WORKERS" -gt 1 ] && [ "$device" = cpu ] && [ -z "${VLLM_CPU_OMP_THREADS_BIND:-}" ]; then
-        cores=$(nproc)
-        local first=$((index * cores / WORKERS)) last=$(((index + 1) * cores / WORKERS - 1))
-        [ "$last" -ge "$first" ] || last=$first
-        if [ "$first" = "$last" ]; then share+=(VLLM_CPU_OMP_THREADS_BIND="$first"); else
-            share+=(VLLM_CPU_OMP_THREADS_BIND="$first-$last"); fi
-    elif [ "$WORKERS" -gt 1 ] && [ "$device" = cuda ] && [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        gpus=$(nvidia-smi -L | wc -l)
-        share+=(CUDA_VISIBLE_DEVICES=$((index % gpus)))
-        if [ "$WORKERS" -gt "$gpus" ] && [ -z "$(flag_value --gpu-memory-utilization "$@")" ]; then
-            set -- "$@" --gpu-memory-utilization "$(awk "BEGIN { printf \"%.2f\", 0.9 / int(($WORKERS + $gpus - 1) / $gpus) }")"
+list_cores() { # the cores that may be used, into $cores
+    local part
+    cores=()
+    for part in $(awk '/^Cpus_allowed_list/ { gsub(",", " ", $2); print $2 }' /proc/self/status); do # 0-3 8
+        mapfile -t -O ${#cores[@]} cores < <(seq "${part%-*}" "${part#*-}")
+    done
+}
+
+list_cards() { # the GPUs that may be used, as CUDA_VISIBLE_DEVICES names them, into $cards
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then IFS=, read -ra cards <<<"$CUDA_VISIBLE_DEVICES"; else
+        mapfile -t cards < <(seq 0 $(($(nvidia-smi -L | wc -l) - 1))); fi
+}
+
+# The share of engine $1 (0 to WORKERS - 1) of the machine, on CPUs its cores, on GPUs cards of its own or, where there
+# are fewer, a part of some: variables for its environment into $share, flags into $fit.
+choose_share() { # choose_share INDEX FLAGS...
+    local index=$1 ranks cores=() cards=() own=() i all first
+    shift
+    share=() fit=() ranks=$(ranks_of "$@") all=$((WORKERS * ranks))
+    if [ "$WORKERS" = 1 ]; then
+        :
+    elif [ "$device" = cuda ]; then
+        list_cards
+        for ((i = index * ranks; i < (index + 1) * ranks; i++)); do own+=("${cards[i % ${#cards[@]}]}"); done
+        share+=(CUDA_VISIBLE_DEVICES="$(IFS=,; printf %s "${own[*]}")")
+        if [ "$all" -gt "${#cards[@]}" ] && [ -z "$(flag_value --gpu-memory-utilization "$@")" ]; then
+            fit=(--gpu-memory-utilization "$(awk "BEGIN { printf \"%.2f\", 0.9 / int(($all + ${#cards[@]} - 1) / ${#cards[@]}) }")")
         fi
+    elif [ -z "${VLLM_CPU_OMP_THREADS_BIND:-}" ]; then
+        list_cores
+        [ "$ranks" = 1 ] || [ "$all" -le ${#cores[@]} ] || return 0 # ranks wait for each other: they can't share a core
+        for ((i = index * ranks; i < (index + 1) * ranks; i++)); do # a list for each rank
+            first=$((i * ${#cores[@]} / all))
+            own+=("$(IFS=,; printf %s "${cores[*]:first:((i + 1) * ${#cores[@]} / all > first ? (i + 1) * ${#cores[@]} / all - first : 1)}")")
+        done
+        share+=(VLLM_CPU_OMP_THREADS_BIND="$(IFS='|'; printf %s "${own[*]}")")
     fi
-    start "$name" env DYN_SYSTEM_PORT="$port" "${share[@]}" \
-        "$VENV/bin/python" -P -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "$@"
+}
+
+start_worker() { # start_worker NAME INDEX FLAGS...; INDEX from 0 to WORKERS - 1
+    local name=$1 index=$2
+    shift 2
+    choose_share "$index" "$@"
+    start "$name" env DYN_SYSTEM_PORT="$((DYN_SYSTEM_PORT + index))" "${share[@]}" \
+        "$VENV/bin/python" -P -m dynamo_lmcache.vllm "${MODEL_FLAGS[@]}" "${fit[@]}" "$@"
 }
 
 # Its health check would say so, too, but 10 s later: that is how long Dynamo waits before it first asks.
 wait_until_serving() { # wait_until_serving NAME: that worker says that it serves
-    local begin=$SECONDS
-    until grep -q "serving $SERVED_NAME at " "$LOG_DIR/$1.log"; do
-        check_alive
-        [ $((SECONDS - begin)) -lt "$START_TIMEOUT_S" ] ||
-            give_up $((${#PIDS[@]} - 1)) "$1 does not serve after $START_TIMEOUT_S s (START_TIMEOUT_S)"
-        sleep 0.5
-    done
+    wait_for "$1" grep -qF "serving $SERVED_NAME at " "$LOG_DIR/$1.log"
 }
 
 group_alive() { kill -0 -- "-$1" 2>/dev/null; }
@@ -252,6 +281,21 @@ check_alive() {
     done
 }
 
+wait_for() { # wait_for WHAT COMMAND...: until the command succeeds, for at most START_TIMEOUT_S
+    local what=$1 begin=$SECONDS next=$((SECONDS + 15))
+    shift
+    until "$@"; do
+        check_alive
+        [ $((SECONDS - begin)) -lt "$START_TIMEOUT_S" ] ||
+            give_up $((${#PIDS[@]} - 1)) "$what is not ready after $START_TIMEOUT_S s (START_TIMEOUT_S)"
+        if [ "$SECONDS" -ge "$next" ]; then
+            say "waiting for $what, $((SECONDS - begin)) s so far"
+            next=$((SECONDS + 15))
+        fi
+        sleep 0.5
+    done
+}
+
 base_url() { if [ "$HTTP_HOST" = 0.0.0.0 ]; then echo "http://127.0.0.1:$HTTP_PORT"; else echo "http://$HTTP_HOST:$HTTP_PORT"; fi; }
 
 is_listed() {
@@ -264,18 +308,8 @@ EOF
 }
 
 wait_until_listed() {
-    local begin=$SECONDS next=$((SECONDS + 15))
-    until is_listed; do
-        check_alive
-        if [ $((SECONDS - begin)) -ge "$START_TIMEOUT_S" ]; then
-            give_up $((${#PIDS[@]} - 1)) "$SERVED_NAME is not listed after $START_TIMEOUT_S s (START_TIMEOUT_S)"
-        fi
-        if [ "$SECONDS" -ge "$next" ]; then
-            say "waiting for $SERVED_NAME, $((SECONDS - begin)) s so far"
-            next=$((SECONDS + 15))
-        fi
-        sleep 0.5
-    done
+    local begin=$SECONDS
+    wait_for "$SERVED_NAME" is_listed
     say "$SERVED_NAME is listed after $((SECONDS - begin)) s"
 }
 

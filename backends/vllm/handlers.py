@@ -30,11 +30,8 @@ logger = logging.getLogger(__name__)
 
 Request = dict[str, Any]
 
-# The router's word that a decode worker shall prefill by itself: nothing is being pulled then.
-BYPASS_REMOTE_PREFILL = "x-bypass-remote-prefill"
-
-# An abort waits for the first token on decode. NIXL gives a pull up after its lease of 30 s; past
-# twice that the request is let run to its own end rather than risk the engine.
+# An abort waits for the first token on decode, rather than risk the engine: NIXL may be writing into
+# the request's blocks until then. Who waits for longer than this is said in the log.
 _ABORT_DEFERRAL_S = 60.0
 _CLEAR_S, _CLEAR_PAUSE_S = 2.0, 0.02
 
@@ -176,7 +173,8 @@ class AggregatedHandler:
                     yield chunk
 
     def _defers_abort(self, request: Request) -> bool:
-        return self.pulls_kv and BYPASS_REMOTE_PREFILL not in (request.get("annotations") or ())
+        """Whether an abort could meet a pull: NIXL writes into the request's blocks until its first token."""
+        return self.pulls_kv and bool((transfer_params(request) or {}).get("do_remote_prefill"))
 
     def _outputs(self, job: Job, context: Any) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = self._engine.generate(
@@ -207,11 +205,11 @@ class AggregatedHandler:
     async def _abort(self, context: Any, request_id: str, allowed: asyncio.Event) -> None:
         # Lives no longer than the request: the context manager above cancels it.
         await asyncio.ensure_future(context.async_killed_or_stopped())
-        try:
-            await asyncio.wait_for(allowed.wait(), timeout=_ABORT_DEFERRAL_S)
-        except asyncio.TimeoutError:
-            logger.warning("request %s has pulled KV for %.0f s: not aborted", request_id, _ABORT_DEFERRAL_S)
-            return
+        while not allowed.is_set():  # nor does this: the first token comes, or the request ends
+            try:
+                await asyncio.wait_for(allowed.wait(), timeout=_ABORT_DEFERRAL_S)
+            except asyncio.TimeoutError:
+                logger.warning("request %s waits for KV or its turn: it is aborted once it has either", request_id)
         logger.debug("aborting request %s: its client is gone", request_id)
         # The request ends with this abort, which cancels this task: let the abort finish.
         await asyncio.shield(self._engine.abort(request_id))

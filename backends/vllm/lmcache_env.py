@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dynamo_lmcache.vllm.settings import Environment
-from dynamo_lmcache.vllm.transfer import walk
+from dynamo_lmcache.vllm.transfer import SERVERS_CLIENT, walk
 from lmcache_ext.config.names import ALIASES
 from lmcache_ext.config.sources import read_yaml
 
@@ -41,6 +41,8 @@ def missing_defaults(env: Mapping[str, str], transfer_config: Mapping[str, Any])
     path = env.get("LMCACHE_CONFIG_FILE")
     named |= _named(read_yaml(path) if path else ())
     for entry in walk(transfer_config):
+        if entry["kv_connector"] == SERVERS_CLIENT:
+            named.add("chunk_size")  # the server advises one, which only what the user says may outrank
         extra = entry.get("kv_connector_extra_config") or {}
         named |= _named(key[len(_EXTRA_PREFIX) :] for key in extra if key.startswith(_EXTRA_PREFIX))
     return {_ENV_PREFIX + key.upper(): value for key, value in DEFAULTS.items() if key not in named}

@@ -68,6 +68,7 @@ def _configure(words: list[str]) -> WorkerConfig:
 def _complete_environment(config: WorkerConfig) -> None:
     """Set what vLLM's processes are to find: LMCACHE_* defaults, NIXL's settings, and whose they are."""
     from vllm.platforms import current_platform
+    from vllm.utils.network_utils import get_ip
 
     from dynamo_lmcache.vllm import lmcache_env, nixl_cpu, orphans, transfer
 
@@ -76,7 +77,7 @@ def _complete_environment(config: WorkerConfig) -> None:
     if transfer.uses(connectors, transfer.OURS):
         lmcache_env.apply_defaults(os.environ, connectors)
     if transfer.uses(connectors, {transfer.NIXL}):
-        settings.apply_nixl_defaults(os.environ, on_cpu=current_platform.is_cpu())
+        settings.apply_nixl_defaults(os.environ, on_cpu=current_platform.is_cpu(), own_address=get_ip)
         if os.environ.get(nixl_cpu.SLEEP_VARIABLE) and not nixl_cpu.plugin_installed():
             logger.warning(
                 "%s has no effect: this project is not installed, so vLLM has no plugin", nixl_cpu.SLEEP_VARIABLE

@@ -119,7 +119,8 @@ class Registrar:
             card.tool_call_parser = runtime.dyn_tool_call_parser
             card.reasoning_parser = runtime.dyn_reasoning_parser
         card.exclude_tools_when_tool_choice_none = runtime.exclude_tools_when_tool_choice_none
-        card.set_structural_tag(runtime.structural_tag)
+        if hasattr(card, "set_structural_tag"):  # Dynamo 1.4 spells it otherwise
+            card.set_structural_tag(runtime.structural_tag)
         for key, value in self._engine_data().items():
             card.set_engine_specific(key, json.dumps(value))
         return card

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from dynamo.common.utils.guided_json import reject_nonprogressing_guided_json_ref_cycles
 from dynamo.common.utils.structural_tag import serialize_structural_tag
-from dynamo.common.utils.token_ids import token_ids_to_list
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -36,6 +36,16 @@ _NOT_COPIED = frozenset(
 _GUIDES = ("json", "regex", "choice", "grammar")
 
 
+def token_ids_of(request: Request) -> list[int] | None:
+    """The prompt's token ids: Dynamo sends a list, or, from 1.6 on, also int32 in little-endian bytes."""
+    given = request.get("token_ids")
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        if len(given) % 4:
+            raise ValueError(f"token_ids of {len(given)} bytes are no 32-bit numbers")
+        return [int(token) for token in np.frombuffer(given, dtype="<i4")]
+    return given if given is None or isinstance(given, list) else [int(token) for token in given]
+
+
 def build_prompt(request: Request) -> TokensInput:
     """Return the engine's prompt.
 
@@ -45,7 +55,7 @@ def build_prompt(request: Request) -> TokensInput:
     for field in ("multi_modal_data", "prompt_embeds"):
         if request.get(field):
             raise RequestError(f"{field} is not supported: this worker serves text prompts")
-    token_ids = token_ids_to_list(request.get("token_ids"))
+    token_ids = token_ids_of(request)
     if not token_ids:
         raise RequestError("the prompt is empty")
     salt = cache_salt(request)
@@ -142,7 +152,7 @@ def _stop_token_ids(stops: Mapping[str, Any]) -> list[int]:
 def _max_tokens(request: Request, stops: Mapping[str, Any], defaults: Mapping[str, Any], max_model_len: int) -> int:
     if stops.get("max_tokens") is not None:
         return int(stops["max_tokens"])
-    room = max(1, max_model_len - len(token_ids_to_list(request.get("token_ids")) or []))
+    room = max(1, max_model_len - len(token_ids_of(request) or []))
     return min(int(defaults.get("max_tokens", room)), room)
 
 

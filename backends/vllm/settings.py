@@ -1,13 +1,14 @@
 """Environment defaults that the worker and the frontend must agree on.
 
-Nothing here overrides a variable that is set. Imports stay in the standard library: the frontend
+Nothing here overrides a variable that is set. Imports are light ones: the frontend
 imports this module and must not pay for vLLM.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+
+from lmcache_ext.ports import free_port
 
 Environment = MutableMapping[str, str]
 
@@ -95,26 +96,32 @@ def apply_worker_defaults(env: Environment, *, backend: str | None = None) -> No
     _fill(env, {"DYN_HEALTH_CHECK_ENABLED": "true"})
 
 
-def apply_nixl_defaults(env: Environment, *, on_cpu: bool) -> None:
+def apply_nixl_defaults(env: Environment, *, on_cpu: bool, own_address: Callable[[], str]) -> None:
     """Complete the environment of a worker whose connectors include NIXL, in place.
 
     A free side-channel port, so that two workers share a machine, and on the CPU platform a
     progress thread that sleeps (see ``nixl_cpu``) and transfers that stay on loopback if vLLM does.
+
+    Args:
+        own_address: where other machines reach this one. It is what workers elsewhere are told,
+            unless the environment says otherwise: vLLM alone would tell them "localhost".
+
+    Raises:
+        SettingError: nobody knows that address.
     """
+    if not env.get("VLLM_NIXL_SIDE_CHANNEL_HOST"):
+        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = address = own_address()
+        if address == "0.0.0.0":
+            raise SettingError(
+                "VLLM_NIXL_SIDE_CHANNEL_HOST is not set, and this machine's own address can't be found out: set it to "
+                "the one by which workers on other machines reach this one"
+            )
     if "VLLM_NIXL_SIDE_CHANNEL_PORT" not in env:
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
     if on_cpu:
         _fill(env, {"LMCACHE_NIXL_SLEEP_US": "1000"})
         if env.get("VLLM_NIXL_SIDE_CHANNEL_HOST") == "127.0.0.1":
             _fill(env, {"UCX_NET_DEVICES": "lo"})
-
-
-def free_port() -> int:
-    """Return a TCP port that was free on loopback a moment ago."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def backend_from_argv(argv: list[str]) -> str | None:

@@ -50,6 +50,8 @@ class InFlight:
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight. Returns False if that takes longer than ``timeout_s``."""
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout=timeout_s)
         except asyncio.TimeoutError:

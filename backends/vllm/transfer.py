@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 Config = dict[str, Any]
 
 MODULE_PATH = "lmcache_ext.integration.vllm"
-OURS = frozenset({"LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", "LMCacheMPConnector"})
+SERVERS_CLIENT = "LMCacheMPConnector"
+OURS = frozenset({"LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", SERVERS_CLIENT})
 NIXL = "NixlConnector"
 
 _LMCACHE_ONLY: Config = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}

@@ -44,13 +44,11 @@ class Served:
 async def run_worker(config: WorkerConfig) -> None:
     """Start a worker and serve until it is shut down."""
     options = config.runtime
-    runtime = DistributedRuntime(
-        asyncio.get_running_loop(),
-        options.discovery_backend,
-        options.request_plane,
-        event_plane=options.event_plane,
-        response_plane=options.response_plane,
-    )
+    planes = {"event_plane": options.event_plane}
+    if hasattr(options, "response_plane"):  # Dynamo 1.4 has no choice there
+        planes["response_plane"] = options.response_plane
+    loop = asyncio.get_running_loop()
+    runtime = DistributedRuntime(loop, options.discovery_backend, options.request_plane, **planes)
     endpoint = runtime.endpoint(config.endpoint_path())
     events = configure_events(config)
     listened = endpoint if config.publish_load else None

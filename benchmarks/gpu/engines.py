@@ -109,6 +109,18 @@ class Run:
             for system in self.turns(pair):
                 self.take(system, "random", prompts, tokens=16)
 
+    def grow(self) -> None:
+        """16 sequences that decode while a host pool still grows: the first part, if at all; it needs a large pool."""
+        for pair in range(self.pairs):
+            runners = self.fresh(16, 512)
+            for system in self.turns(pair):
+                answer = system.ask("decode", runners=runners, tokens=192, others=[], every=1)
+                self.times[system.name, "decode while pools grow"].append(answer["seconds"])
+                self.longest[system.name, "decode while pools grow"].append(answer["longest"])
+            if all(s.grown for s in self.systems if s.name == "ours"):
+                print(f"grow: the pool was complete within pair {pair + 1}", file=sys.stderr, flush=True)
+                return
+
     def decode(self) -> None:
         """16 sequences that decode, while others bring KV to store or to load; and alone."""
         warm = self.fresh(8, SHORT)
@@ -163,10 +175,11 @@ def marks(run: Run, bytes_a_token: float, speed: float) -> list[str]:
 
     if ("none", "cold 32k") in run.times:
         rows.append(("cold 32k / no connector", 1.01, True, against_none("cold 32k")))
-    for what in ("loads", "stores"):
-        if ("none", f"decode beside {what}") in run.times:
-            name = f"16 sequences decode beside {what} / no connector"
-            rows.append((name, 1.02, True, against_none(f"decode beside {what}")))
+    rows += [
+        (f"16 sequences decode {what} / no connector", 1.02, True, against_none(f"decode {what}"))
+        for what in ("beside loads", "beside stores", "while pools grow")
+        if ("none", f"decode {what}") in run.times
+    ]
     if ("none", "random") in run.times:
         faster = {name: [1 / r for r in values] for name, values in against_none("random").items()}
         rows.append(("random prompts: throughput / no connector", 0.99, False, faster))
@@ -208,7 +221,7 @@ def main() -> None:
     parser.add_argument("--systems", default="none,native,ours")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--colds", type=int, default=None, help="pairs with cold prompts of their own; default: all")
-    parser.add_argument("--parts", default="32k,8k,batch,random,decode")
+    parser.add_argument("--parts", default="32k,8k,batch,random,decode", help="also grow, first and with a large pool")
     parser.add_argument("--pool-gb", type=float, default=30)
     parser.add_argument("--kv-gb", type=float, default=26.5, help="KV memory of each engine")
     parser.add_argument("--used", type=int, default=0, help="requests served before anything is measured")
@@ -247,6 +260,7 @@ def main() -> None:
             "batch": lambda: run.prompts_of("batch", BATCH, BATCH_LENGTH, 1),
             "random": run.throughput,
             "decode": run.decode,
+            "grow": run.grow,
         }
         for part in options.parts.split(","):
             began = time.perf_counter()

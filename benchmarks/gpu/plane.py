@@ -26,7 +26,7 @@ import torch
 from lmcache_ext.transfer import HostPool, PageTable, Plan, cuda, growth
 from lmcache_ext.transfer.base import Way
 from lmcache_ext.transfer.driver import Driver
-from lmcache_ext.transfer.pool import Shape
+from lmcache_ext.transfer.pool import Growth, Shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import say
@@ -77,6 +77,7 @@ class Bench:
         # Two halves, so that loads and stores at once touch different pages and slots.
         shape = Shape(2 * self.blocks // blocks_per_slot, blocks_per_slot, pages.row_bytes)
         self.pool = HostPool.create(shape, "bench")
+        Growth(self.pool.path, shape, 1).serve()
         self.plane = cuda.CudaTransfer(pages, self.pool, 30.0)
         while self.pool.grown < shape.slots:
             time.sleep(0.01)
@@ -165,8 +166,8 @@ def decode_beside(bench: Bench, decoder: Decoder, *ways: Way) -> tuple[float, fl
 
 
 def variants() -> Iterator[tuple[int, int]]:
-    """(MiB a stage, MiB that are queued ahead)."""
-    yield from ((64, 256), (64, 128), (32, 128), (32, 64), (16, 64), (16, 32), (8, 32), (8, 16))
+    """(MiB a stage, stages that the ring holds)."""
+    yield from ((64, 2), (64, 4), (32, 2), (32, 4), (16, 4), (16, 8))
 
 
 @contextlib.contextmanager
@@ -184,12 +185,13 @@ def patched(place: Any, **values: Any) -> Iterator[None]:
 
 def growing(decoder: Decoder, gib: int, busy: bool) -> tuple[float, float, float]:
     """(seconds until a pool of `gib` GiB is whole, ratio of the mean decode step meanwhile, longest step in ms). The
-    plane is told of each step, as by an engine that is busy; or of none, as while an engine starts."""
+    plane is told of each step, as by an engine that is busy; or of none."""
     alone = decoder.steps(0.5)
     page = 64 << 10
     kv = torch.zeros(LAYERS, 64, page // 2, dtype=torch.int16, device="cuda")
     pages = PageTable.of({f"l{i}": kv[i] for i in range(LAYERS)}, 64)
     pool = HostPool.create(Shape(gib * GIB // (16 * pages.row_bytes), 16, pages.row_bytes), "bench")
+    Growth(pool.path, pool.shape, 1).serve()
     began = time.perf_counter()
     plane = cuda.CudaTransfer(pages, pool, 30.0)
     steps: list[float] = []
@@ -208,6 +210,7 @@ def pinning(decoder: Decoder) -> Iterator[str]:
         shape = Shape(2 * GIB // (mib << 20), 1, mib << 20)
         for pins in (False, True):
             pool = HostPool.create(shape, "bench")
+            Growth(pool.path, shape, 1).serve()
             if pins:
                 pool.bytes[:] = 1
             calls: list[float] = []
@@ -222,7 +225,7 @@ def pinning(decoder: Decoder) -> Iterator[str]:
             began = time.perf_counter()
             with patched(growth, _PIECE_BYTES=mib << 20):
                 grower = growth.PoolGrowth(pool, pin, driver.enter, growth.slots_per_piece(shape))
-            steps: list[float] = []
+            steps = decoder.steps(0.02)
             while pool.grown < shape.slots and time.perf_counter() - began < 20:
                 steps += decoder.steps(0.02)
             seconds, call = time.perf_counter() - began, statistics.mean(calls) * 1e3
@@ -261,22 +264,22 @@ def main() -> None:
         sys.stderr.write(lines[-1] + "\n")
     decoder = Decoder()
     lines += ["", "A decode step that reads 8.5 GB of weights, beside a link that is kept full:", ""]
-    lines += ["| page | stage | ahead | beside loads | beside stores | beside both |", "|---|---|---|---|---|---|"]
-    tried = list(variants()) if options.variants else [(cuda.STAGE_BYTES >> 20, cuda.AHEAD_BYTES >> 20)]
+    lines += ["| page | stage | slots | beside loads | beside stores | beside both |", "|---|---|---|---|---|---|"]
+    tried = list(variants()) if options.variants else [(cuda.STAGE_BYTES >> 20, cuda.RINGS)]
     for page in (64 << 10,):
-        for stage, ahead in tried:
-            with patched(cuda, STAGE_BYTES=stage << 20, AHEAD_BYTES=ahead << 20):
+        for stage, slots in tried:
+            with patched(cuda, STAGE_BYTES=stage << 20, RINGS=slots):
                 bench = Bench(page)
                 beside = [decode_beside(bench, decoder, *way) for way in ways.values()]
                 bench.close()
             cells = [f"x {ratio:.3f} at {speed:.1f} GB/s" for ratio, speed in beside]
-            lines.append(f"| {page >> 10} KiB | {stage} MiB | {ahead} MiB | {' | '.join(cells)} |")
+            lines.append(f"| {page >> 10} KiB | {stage} MiB | {slots} | {' | '.join(cells)} |")
             sys.stderr.write(lines[-1] + "\n")
     lines += ["", "The same step while a pool of 8 GiB grows:", ""]
     lines += ["| engine | pool complete after | mean step | longest step |", "|---|---|---|---|"]
     for busy in (False, True):
         seconds, ratio, longest = growing(decoder, 8, busy)
-        what = "busy: it steps" if busy else "idle, or starting"
+        what = "busy: it steps" if busy else "idle"
         lines.append(f"| {what} | {seconds:.1f} s | x {ratio:.3f} | {longest:.1f} ms |")
         sys.stderr.write(lines[-1] + "\n")
     if options.variants:

@@ -50,11 +50,17 @@ def main() -> None:
                 seconds[name].append(taken)
                 whole += [float(found) for found in _WHOLE.findall(system.log.read_text())]
             print(f"{pair} {name}: {taken:.1f} s", file=sys.stderr, flush=True)
+        if pair >= 0:  # after each, because all of it takes a quarter of an hour
+            say(report(seconds, whole, options), options.out)
+
+
+def report(seconds: dict[str, list[float]], whole: list[float], options: argparse.Namespace) -> list[str]:
+    """The table, in lines of Markdown."""
     more = [ours - none for ours, none in zip(seconds["ours"], seconds["none"], strict=True)]
-    lines = [
+    return [
         "# Engine start with a large pool",
         "",
-        f"`python benchmarks/gpu/start.py --pairs {options.pairs} --pool-gb {options.pool_gb:g}`, "
+        f"`python benchmarks/gpu/start.py --pairs {len(more)} --pool-gb {options.pool_gb:g} --llm '{options.llm}'`, "
         f"{time.strftime('%Y-%m-%d')}. Two layers of Llama-3.1-8B's shape.",
         "",
         "| what | seconds, mean [95 %] | mark |",
@@ -63,7 +69,6 @@ def main() -> None:
         f"| more with ours | {shown(more, 2)} | at most 2: {verdict(more, 2.0)} |",
         f"| pool whole after, where the engine lived that long | {shown(whole, 1) if whole else 'never'} | |",
     ]
-    say(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ NAMES = {
     "native": "vLLM OffloadingConnector",
     "lmcache": "upstream LMCache",
     "ours": "this project",
+    "disk": "this project, with a disk tier",
 }
 START_SECONDS = 400
 
@@ -46,7 +48,7 @@ def arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
         made.update(kv_offloading_size=options["pool_gb"], kv_offloading_backend="native")
     elif name == "lmcache":
         made["kv_transfer_config"] = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
-    elif name == "ours":
+    elif name in ("ours", "disk"):
         made["kv_transfer_config"] = dict(OURS)
     return made
 
@@ -191,6 +193,9 @@ class System:
             "LMCACHE_MAX_LOCAL_CPU_SIZE": str(options["pool_gb"]), "LMCACHE_CHUNK_SIZE": "256",
             "LMCACHE_LOCAL_CPU": "True", "LMCACHE_TRACK_USAGE": "false", **options.get("env", {}),
         }  # fmt: skip
+        if name == "disk":
+            folder = options.get("disk") or f"{tempfile.gettempdir()}/lmcache-ext-bench/"
+            env |= {"LMCACHE_LOCAL_DISK": folder, "LMCACHE_MAX_LOCAL_DISK_SIZE": str(options.get("disk_gb", 40))}
         command = [sys.executable, __file__, name, str(model), json.dumps(options)]
         self.name = name
         self.log = log / f"{name}.log"
@@ -215,6 +220,11 @@ class System:
         self._process.stdin.write(json.dumps({"do": do, **how}) + "\n")
         self._process.stdin.flush()
         return self.hear()
+
+    @property
+    def grown(self) -> bool:
+        """Whether all of our host memory is there, says its log."""
+        return "is complete after" in self.log.read_text()
 
     def close(self) -> None:
         """End the engine."""

@@ -24,6 +24,10 @@ def check_model(env: Mapping[str, str]) -> Iterator[Finding]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         yield _folder(folder)
+    elif folder.is_file():
+        yield ok("model", f"{folder}, {folder.stat().st_size / 2**20:.1f} MiB")
+    elif "://" in name or ":" in name:  # an object store, or a quantization's name behind the model's
+        yield warn("model", f"MODEL={name} is looked up by vLLM alone", "vLLM says at its start whether it is there")
     elif name.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(name):
         yield fail("model", f"MODEL={name}: there is no such folder", "give a folder with config.json, or ORG/NAME")
     else:

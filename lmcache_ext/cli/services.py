@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from urllib.parse import urlsplit
 
-from lmcache_ext.cli.finding import Finding, fail, ok, warn
+from lmcache_ext.cli.finding import Finding, Level, fail, ok, warn
 from lmcache_ext.cli.network import LOOPBACK
 
 TIMEOUT_S = 3.0
@@ -19,11 +20,16 @@ Probe = Callable[[str, str, int], Awaitable[str]]  # address, host, port → the
 def check_discovery(env: Mapping[str, str]) -> Iterator[Finding]:
     """Whether etcd and NATS answer, where they are asked for."""
     backend = env.get("DYN_DISCOVERY_BACKEND") or "file"
-    if backend in ("file", "mem"):
-        yield ok("discovery", f"{backend}: one machine, nothing to start")
+    if backend == "file":
+        yield ok("discovery", "file: one machine, nothing to start")
+    elif backend == "mem":
+        yield warn("discovery", "mem: known within one process only", "use file, or etcd")
     elif backend == "etcd":
-        for address in (env.get("ETCD_ENDPOINTS") or "http://localhost:2379").split(","):
-            yield _service("etcd", "ETCD_ENDPOINTS", address.strip(), 2379, _etcd)
+        addresses = (env.get("ETCD_ENDPOINTS") or "http://localhost:2379").split(",")
+        found = [_service("etcd", "ETCD_ENDPOINTS", address.strip(), 2379, _etcd) for address in addresses]
+        if any(each.level is Level.OK for each in found):  # one member of a cluster is enough
+            found = [replace(each, level=Level.WARN) if each.level is Level.FAIL else each for each in found]
+        yield from found
     else:
         yield warn("discovery", f"DYN_DISCOVERY_BACKEND={backend}: not tried with our workers", "use file or etcd")
     planes = {env.get("DYN_REQUEST_PLANE"), env.get("DYN_EVENT_PLANE")}
@@ -47,6 +53,8 @@ def _service(name: str, variable: str, address: str, default_port: int, probe: P
     except (OSError, ValueError) as error:
         return fail("discovery", f"{name} at {address} can't be reached: {error}", advice)
     except Exception as error:
+        if "authorization" in str(error).lower():  # Dynamo logs in with NATS_AUTH_*, which is not tried here
+            return warn("discovery", f"{name} at {address} wants a login, which was not tried", "see NATS_AUTH_*")
         return fail("discovery", f"what is at {address} is no {name}: {error}", advice)
 
 

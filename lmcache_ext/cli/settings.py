@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from lmcache_ext.cli.finding import Finding, fail, ok, warn
 from lmcache_ext.config import EngineConfig, load_config
 from lmcache_ext.errors import ConfigError
+from lmcache_ext.tiers import Address
 
 ON = ("1", "true", "yes", "on")
 OFF = ("0", "false", "no", "off")
@@ -48,6 +49,11 @@ def read_config(env: Mapping[str, str]) -> tuple[EngineConfig, list[str]]:
         logger.propagate = propagate
 
 
+def _shown(value: object) -> str:
+    """URLs without user, password and parameters."""
+    return Address(value).shown if isinstance(value, str) and "://" in value else str(value)
+
+
 def check_settings(env: Mapping[str, str]) -> Iterator[Finding]:
     """LMCACHE_* and the YAML file behind LMCACHE_CONFIG_FILE: one line, and one for each that has no effect."""
     try:
@@ -56,6 +62,7 @@ def check_settings(env: Mapping[str, str]) -> Iterator[Finding]:
         yield fail("settings", str(error), "correct that setting; README.md names the others")
         return
     changed = {name: value for name, value in config if name in config.model_fields_set}
-    yield ok("settings", ", ".join(f"{name}={value}" for name, value in changed.items()) or "all at their defaults")
+    shown = ", ".join(f"{name}={_shown(value)}" for name, value in changed.items())
+    yield ok("settings", shown or "all at their defaults")
     for message in messages:
         yield warn("settings", message, "remove it, or look for a misspelling")

@@ -1,6 +1,18 @@
 """Settings: what they are, where they come from, and what is refused."""
 
 from lmcache_ext.config.memory import GIB, default_pool_gb, memory_available, require_pool_fits
+from lmcache_ext.config.pd import Handover, Listen, handover, pool_gb
 from lmcache_ext.config.settings import EngineConfig, load_config
 
-__all__ = ["GIB", "EngineConfig", "default_pool_gb", "load_config", "memory_available", "require_pool_fits"]
+__all__ = [
+    "GIB",
+    "EngineConfig",
+    "Handover",
+    "Listen",
+    "default_pool_gb",
+    "handover",
+    "load_config",
+    "memory_available",
+    "pool_gb",
+    "require_pool_fits",
+]

@@ -39,13 +39,14 @@ class Outcome(enum.Enum):
 class Chunk:
     """One chunk in L1. Owned by the directory; callers read it and hand it back."""
 
-    __slots__ = ("key", "leases", "note", "slot", "state", "tokens")
+    __slots__ = ("key", "leases", "note", "slot", "state", "tokens", "uses")
     key: bytes
     slot: int
     tokens: int  # how many tokens it holds; fewer than chunk_size in a partial chunk
     note: object  # what the listener wants to know of it later; the directory never looks
     state: State
     leases: int
+    uses: int  # how often it was leased
 
 
 class Listener(Protocol):
@@ -61,10 +62,10 @@ class Listener(Protocol):
 class Directory:
     """All chunks of one engine's L1. Not thread-safe: one thread owns it. No method blocks or does I/O."""
 
-    def __init__(self, policy: EvictionPolicy, listener: Listener | None = None) -> None:
+    def __init__(self, policy: EvictionPolicy, listener: Listener | None = None, slots: Slots | None = None) -> None:
         self._policy = policy
         self._listener = listener
-        self._slots = Slots()
+        self._slots = Slots() if slots is None else slots
         self._chunks: dict[bytes, Chunk] = {}  # RESERVED and READY only
         self._leaving: set[Chunk] = set()
         self.version = 0  # changes whenever a lookup may answer otherwise
@@ -86,6 +87,11 @@ class Directory:
         """The chunk under `key` if its bytes are complete."""
         chunk = self._chunks.get(key)
         return chunk if chunk is not None and chunk.state is State.READY else None
+
+    def coming(self, key: bytes) -> bool:
+        """Whether somebody is writing the chunk under `key`."""
+        chunk = self._chunks.get(key)
+        return chunk is not None and chunk.state is State.RESERVED
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """The ready ones among `keys` were used; name a chain's last chunk first, so that its head leaves last."""
@@ -119,9 +125,18 @@ class Directory:
             return None
         for chunk in reversed(chunks):
             chunk.leases += 1
+            chunk.uses += 1
             self._policy.touch(chunk.key)
         self.leases += len(chunks)
         return chunks
+
+    def hold(self, chunk: Chunk) -> bool:
+        """Keep a ready chunk where it is until `release`, without counting that as a use. False: it is not ready."""
+        if chunk.state is not State.READY:
+            return False
+        chunk.leases += 1
+        self.leases += 1
+        return True
 
     def release(self, chunks: Iterable[Chunk]) -> None:
         """Give back one lease of each."""
@@ -140,13 +155,10 @@ class Directory:
             if known.state is State.READY:
                 self._policy.touch(key)
             return Outcome.EXISTS
-        slot = self._slots.take()
+        slot = self._room(note)
         if slot is None:
-            if not self._evict():
-                return Outcome.FULL
-            slot = self._slots.take()
-            assert slot is not None
-        chunk = Chunk(key, slot, tokens, note, State.RESERVED, leases=1)
+            return Outcome.FULL
+        chunk = Chunk(key, slot, tokens, note, State.RESERVED, leases=1, uses=0)
         self._chunks[key] = chunk
         self.leases += 1
         return chunk
@@ -181,9 +193,29 @@ class Directory:
             self._leave(chunk)
         return count
 
+    @property
+    def asks(self) -> bool:
+        """Whether slots are somebody else's to give, who can be asked: `expect` then says early what will be stored."""
+        return False
+
+    def expect(self, key: bytes, tokens: int, note: object = None) -> None:
+        """A `prepare_store` of this comes in this step or the next."""
+
+    def published(self, chunks: Sequence[Chunk]) -> bool | None:
+        """Whether readers find these, which `complete_store` has published; None: that is not known yet."""
+        return True
+
+    def flush(self) -> None:
+        """No more `prepare_store` in this step."""
+
     def grow(self, capacity: int) -> None:
         """The pool has `capacity` slots now."""
         self._slots.grow(capacity)
+
+    def _room(self, note: object) -> int | None:
+        """A slot for a chunk with this note, evicting if it must; None: there is none to be had."""
+        slot = self._slots.take()
+        return self._slots.take() if slot is None and self._evict() else slot
 
     def _evict(self) -> bool:
         for key in self._policy.victims():

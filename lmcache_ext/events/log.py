@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -38,6 +38,14 @@ class Noted(Protocol):
 
 
 @dataclass(frozen=True)
+class Told:
+    """A chunk that routers know of. `at`: since when, as whoever holds it counts."""
+
+    note: Announcement
+    at: int = 0
+
+
+@dataclass(frozen=True)
 class Event:
     """A chunk became visible in a tier, or left it."""
 
@@ -48,7 +56,7 @@ class Event:
 
 class EventLog:
     """A directory's listener. Chunks whose note is no Announcement (events are off, or theirs are not indexable) pass
-    in silence. Bounded: nobody takes, nothing is kept.
+    in silence. Bounded: nobody takes, nothing is kept. Who has much to take back does it in slices, as there is `room`.
 
     Two chunks may hold one block: a partial chunk and the fuller one that replaces it, or chunks of requests with
     different tags. Routers don't count, so a block is removed when the last chunk that holds it goes."""
@@ -56,9 +64,14 @@ class EventLog:
     def __init__(self, tier: Tier, limit: int = 100_000) -> None:
         self._tier = tier
         self._limit = limit
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()  # one thread takes while another adds
         self._holders: Counter[bytes] = Counter()  # by block hash: how many chunks
         self.dropped = 0
+
+    @property
+    def room(self) -> int:
+        """How many more events it takes now."""
+        return max(0, self._limit - len(self._events))
 
     def stored(self, chunk: Noted) -> None:
         """A chunk is ready."""
@@ -81,8 +94,7 @@ class EventLog:
 
     def take(self) -> list[Event]:
         """Events since the last call, oldest first."""
-        events, self._events = self._events, []
-        return events
+        return [self._events.popleft() for _ in range(len(self._events))]
 
     def _let_go(self, block: bytes) -> bool:
         """Whether no chunk holds it any more."""

@@ -35,6 +35,7 @@ class Chain:
         self._chunk_size = chunk_size
         self._extra_of = extra_of
         self.keys: list[bytes] = []
+        self._tails: tuple[tuple[int, int], list[tuple[int, bytes]]] = ((0, 0), [])  # the last answer of `tails`
 
     def extend(self, tokens: Sequence[int], end: int) -> list[bytes]:
         """Keys of all full chunks of `tokens[:end]`; hashes only what was not hashed yet."""
@@ -59,6 +60,22 @@ class Chain:
         self.extend(tokens, start)
         parent = self.keys[full - 1] if full else self._root
         return blake3(parent + _count(end - start) + _pack(tokens, start, end) + self._extra_of(start, end)).digest()
+
+    def tails(self, tokens: Sequence[int], end: int, step: int) -> list[tuple[int, bytes]]:
+        """(end, key) of the partial chunks of `tokens[:end]`, the longest first, behind the last full one that is not
+        at `end`. The ends are multiples of `step`. About 1.5 µs each, once."""
+        start = (end - 1) // self._chunk_size * self._chunk_size
+        if self._tails[0] != (end, step):
+            self.extend(tokens, start)
+            parent = self.keys[start // self._chunk_size - 1] if start else self._root
+            packed = _pack(tokens, start, end)
+            first = min(end, start + self._chunk_size - 1) // step * step
+            made = [
+                (stop, blake3(parent + _count(n) + packed[: n * 4] + self._extra_of(start, stop)).digest())
+                for stop, n in ((stop, stop - start) for stop in range(first, start, -step))
+            ]
+            self._tails = ((end, step), made)
+        return self._tails[1]
 
 
 def _count(n: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 
 from blake3 import blake3
@@ -27,9 +28,14 @@ class Namespace:
     chunk_size: int  # tokens
     parallel: str  # TP and PP shape, and how a chunk is split over ranks
     kv_format: str  # the engine's own KV format version
-    epoch: int = 0  # raised by a cache reset: KV from before never matches
+    epoch: int = 0  # of prefill and decode that hand over: raised by a cache reset, on both sides
 
     def root(self) -> bytes:
         """32 bytes that start every chain of this namespace."""
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True)
         return blake3(text.encode()).digest()
+
+
+def fresh(root: bytes) -> bytes:
+    """A root that no other engine has, and that nothing else leads to: 32 bytes."""
+    return blake3(root + os.urandom(16)).digest()

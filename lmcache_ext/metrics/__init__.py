@@ -2,5 +2,6 @@
 
 from lmcache_ext.metrics.catalogue import CATALOGUE, Metric
 from lmcache_ext.metrics.recorder import Delta, Recorder, merge
+from lmcache_ext.metrics.smoothing import smoothed
 
-__all__ = ["CATALOGUE", "Delta", "Metric", "Recorder", "merge"]
+__all__ = ["CATALOGUE", "Delta", "Metric", "Recorder", "merge", "smoothed"]

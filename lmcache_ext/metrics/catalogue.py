@@ -21,6 +21,21 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
+def _of_tier(kind: str, what: str) -> tuple[Metric, ...]:
+    """What one tier tells of itself; none of these is upstream's."""
+    return (
+        Metric(f"{kind}_hit_tokens", "counter", f"tokens that came from {what} (ours)"),
+        Metric(f"{kind}_loaded_bytes", "counter", f"bytes that came from {what} (ours)"),
+        Metric(f"{kind}_stored_bytes", "counter", f"bytes written to {what} (ours)"),
+        Metric(f"{kind}_skipped_chunks", "counter", f"chunks not written to {what}: it was busy or full (ours)"),
+        Metric(f"{kind}_failed_jobs", "counter", f"chunks that {what} failed to take or to give (ours)"),
+        Metric(f"{kind}_usage_bytes", "gauge", f"bytes that chunks take on {what} (ours)"),
+        Metric(f"{kind}_objects", "gauge", f"chunks on {what} that this engine knows of (ours)"),
+        Metric(f"{kind}_breaker_trips", "gauge", f"how often {what} was switched off after faults (ours)"),
+        Metric(f"{kind}_corrupt_objects", "gauge", f"damaged or foreign objects met on {what} (ours)"),
+    )
+
+
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -41,6 +56,19 @@ CATALOGUE: dict[str, Metric] = {
         Metric("local_cpu_evict_count", "counter", "evictions from host memory"),
         Metric("local_cpu_evict_keys_count", "counter", "chunks evicted from host memory"),
         Metric("num_faults", "counter", "faults in the cache that became misses (ours)"),
+        Metric("num_slow_tier_tokens", "counter", "tokens computed because their tier is slower (ours)"),
+        Metric("num_held_buffers", "counter", "chunks of host memory that I/O which hangs still holds (ours)"),
+        Metric("num_telemetry_reports", "counter", "requests reported to LMCACHE_REQUEST_TELEMETRY_ENDPOINT (ours)"),
+        Metric("num_lost_telemetry_reports", "counter", "reports that did not arrive there (ours)"),
+        *_of_tier("disk", "the local disk"),
+        *_of_tier("gds", "the GDS tier"),
+        *_of_tier("remote", "the remote tier"),
+        Metric("pd_sent_chunks", "counter", "chunks that decode engines took, of each rank (ours)"),
+        Metric("pd_handovers", "counter", "requests handed over whole to a decode engine (ours)"),
+        Metric("pd_failed_handovers", "counter", "requests that could not be handed over (ours)"),
+        Metric("pd_received_chunks", "counter", "chunks that prefill engines wrote here, of each rank (ours)"),
+        Metric("pd_unclaimed_handovers", "counter", "requests handed over that no decode request came for (ours)"),
+        Metric("pd_open_handovers", "gauge", "requests being handed over, or waiting for their decode request (ours)"),
         Metric("retrieve_hit_rate", "gauge", "tokens loaded / tokens looked up, since the start"),
         Metric("lookup_hit_rate", "gauge", "tokens found / tokens looked up, since the start"),
         Metric("local_cache_usage", "gauge", "bytes of host memory that hold chunks, all ranks"),
@@ -49,6 +77,7 @@ CATALOGUE: dict[str, Metric] = {
         Metric("pinned_memory_objs_count", "gauge", "chunks that a load or a store holds"),
         Metric("pinned_gpu_blocks", "gauge", "GPU blocks that stores under way hold (ours)"),
         Metric("lmcache_is_healthy", "gauge", "1 while the cache works, 0 once it was switched off"),
+        Metric("server_in_use", "gauge", "1 while the shared cache server answers and its memory is mapped (ours)"),
         Metric("time_to_retrieve", "histogram", "seconds from the start of a load to its end", _SECONDS),
         Metric("time_to_store", "histogram", "seconds from the start of a store to its end", _SECONDS),
         Metric("time_to_lookup", "histogram", "seconds of one look-up, hashing included", _SECONDS),

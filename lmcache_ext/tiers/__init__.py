@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from lmcache_ext.errors import ConfigError
-from lmcache_ext.tiers import disk, example, fake
+from lmcache_ext.tiers import disk, example, fake, fs, infinistore, mooncake, nixl_storage, redis_tier, s3
 from lmcache_ext.tiers.base import Counts, JobResult, Kind, Outcome, Parts, Tier, view_at
 from lmcache_ext.tiers.fault import Faults, Faulty
 from lmcache_ext.tiers.medium import MEDIA, Found, Medium
@@ -32,8 +32,15 @@ __all__ = [
     "disk",
     "example",
     "fake",
+    "fs",
+    "infinistore",
     "load_class",
+    "make",
+    "mooncake",
+    "nixl_storage",
     "open_tier",
+    "redis_tier",
+    "s3",
     "view_at",
 ]
 
@@ -51,13 +58,16 @@ def open_tier(url: str, **options: Any) -> Tier:
     """
     address = Address(url)
     chosen = address.options(options)
-    faulty = address.scheme.startswith("fault+")
-    made = _class_of(address).from_address(address)
-    faults = Faults.from_address(address) if faulty else None
+    made = make(address)
+    return made if isinstance(made, Tier) else Runner(made, chosen, address.shown)
+
+
+def make(address: Address) -> Medium | Tier:
+    """What `address` names, its options taken from it already. A medium is not opened. Raises ConfigError."""
+    made: Medium | Tier = _class_of(address).from_address(address)
+    faults = Faults.from_address(address) if address.scheme.startswith("fault+") else None
     address.finish()
-    if isinstance(made, Tier):
-        return made
-    return Runner(Faulty(made, faults) if faults else made, chosen, address.shown)
+    return Faulty(made, faults) if faults and isinstance(made, Medium) else made
 
 
 def _class_of(address: Address) -> Any:

@@ -138,6 +138,16 @@ class Tier(ABC):
     def wait(self, timeout: float) -> bool:
         """Block until `poll` has something, at most `timeout` seconds. For tests, tools and helper threads."""
 
+    def holds(self, key: bytes) -> bool:
+        """Whether `key` is there for all that is known here, and `left` would name it if it went. False where others
+        may remove it."""
+        return False
+
+    def left(self) -> tuple[list[bytes], bool]:
+        """Keys that are not there any more and were at the last call, evicted, deleted or damaged; and whether there
+        were too many to remember all."""
+        return [], False
+
     @abstractmethod
     def counts(self) -> Counts:
         """A copy of the counters."""

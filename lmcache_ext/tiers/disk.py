@@ -36,8 +36,8 @@ from lmcache_ext.tiers.urls import Address
 
 logger = logging.getLogger("lmcache_ext.tiers")
 
-_SHARDS = tuple(f"{i:02x}" for i in range(256))
-_FORSAKEN = 3600.0  # seconds; a temporary file this old is a dead writer's, also where locks do not work
+SHARDS = tuple(f"{i:02x}" for i in range(256))
+FORSAKEN = 3600.0  # seconds; a temporary file this old is a dead writer's, also where locks do not work
 
 
 @MEDIA.register("file")
@@ -79,10 +79,10 @@ class Disk(Medium):
     def open(self) -> None:
         for folder in self._folders:
             try:
-                for shard in _SHARDS:
+                for shard in SHARDS:
                     (folder / shard).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                if not all((folder / shard).is_dir() for shard in _SHARDS):
+                if not all((folder / shard).is_dir() for shard in SHARDS):
                     raise ConfigError("url", str(folder), f"can't be set up as a cache: {error.strerror}") from None
             self._devices[folder] = folder.stat().st_dev
             self._block = max(self._block, os.statvfs(folder).f_frsize)
@@ -90,13 +90,9 @@ class Disk(Medium):
                 self._direct[folder] = self._grants_direct(folder)
 
     def _grants_direct(self, folder: Path) -> bool:
-        name = self._temporary(folder / _SHARDS[0] / "probe")
         try:
-            with _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT) as fd:
-                try:
-                    os.write(fd, mmap.mmap(-1, BLOCK))
-                finally:
-                    name.unlink(missing_ok=True)
+            with self._scratch(folder, os.O_WRONLY | os.O_DIRECT) as fd:
+                os.write(fd, mmap.mmap(-1, BLOCK))
         except OSError as error:
             logger.info("%s: no O_DIRECT (%s), using the page cache", folder, error.strerror)
             return False
@@ -104,6 +100,11 @@ class Disk(Medium):
 
     def footprint(self, nbytes: int) -> int:
         return -(-nbytes // self._block) * self._block
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where objects lie."""
+        return self._folders
 
     # -- objects ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Disk(Medium):
             try:
                 with contextlib.suppress(OSError):  # no locks here: then age tells
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _write_all(fd, [header, *parts])
+                self._put(fd, header, parts)
                 if self._fsync:
                     os.fdatasync(fd)
                 temporary.replace(path)
@@ -156,10 +157,9 @@ class Disk(Medium):
         try:
             with _opened(path, os.O_RDONLY | direct) as fd:
                 size = os.fstat(fd).st_size
-                if size == BLOCK + sum(part.nbytes for part in parts):
-                    size = _read_all(fd, [header, *parts])
-                else:
-                    _read_all(fd, [header])
+                whole = size == BLOCK + sum(part.nbytes for part in parts)
+                moved = self._get(fd, header, parts if whole else ())
+                size = moved if whole else size
                 if not direct:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 return size
@@ -168,6 +168,14 @@ class Disk(Medium):
         except OSError:
             self._suspect = path
             raise
+
+    def _put(self, fd: int, header: memoryview, parts: Parts) -> None:
+        """Write an object from the file's start."""
+        _write_all(fd, [header, *parts])
+
+    def _get(self, fd: int, header: memoryview, parts: Parts) -> int:
+        """Fill `header` and `parts` from the file's start; returns how many bytes there were."""
+        return _read_all(fd, [header, *parts])
 
     def size(self, key: bytes) -> int | None:
         try:
@@ -184,7 +192,7 @@ class Disk(Medium):
     def scan(self, sweep: bool, faults: list[str]) -> Iterator[Found]:
         """About 5 µs a file."""
         for folder in self._folders:
-            for shard in _SHARDS:
+            for shard in SHARDS:
                 with contextlib.suppress(FileNotFoundError), os.scandir(folder / shard) as entries:
                     for entry in entries:
                         if found := self._look_at(folder, entry, sweep, faults):
@@ -196,7 +204,7 @@ class Disk(Medium):
             status = entry.stat(follow_symlinks=False)
             fault = None
             if key is None:
-                dead = entry.name.endswith(".tmp") and _is_forsaken(entry.path, status.st_mtime)
+                dead = entry.name.endswith(".tmp") and self._is_forsaken(entry.path, status.st_mtime)
                 fault = "was left by a writer that ended" if dead else None
                 if not entry.name.endswith(".tmp"):
                     faults.append(f"{entry.path} is not ours")
@@ -215,6 +223,17 @@ class Disk(Medium):
         except FileNotFoundError:
             pass  # somebody removed it just now
         return None
+
+    def _is_forsaken(self, path: str, when: float) -> bool:
+        """Whether no living writer has this temporary file. A writer that has not locked it yet loses it, and fails."""
+        with _opened(Path(path), os.O_RDONLY) as fd:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return time.time() - when > FORSAKEN
+        return True
 
     def probe(self, write: bool) -> None:
         """One folder that works is enough: keys of the others go on failing, one by one."""
@@ -235,18 +254,24 @@ class Disk(Medium):
         """Where a mount was lost there is another, empty folder: nothing may be written into that."""
         if folder.stat().st_dev != self._devices[folder]:
             raise OSError(f"{folder} is on another device than at the start")
-        for shard in _SHARDS:
+        for shard in SHARDS:
             if not (folder / shard).is_dir():
                 (folder / shard).mkdir()
 
     def _try_write(self, folder: Path) -> None:
         """Is there room for the largest object so far, and can a block be written?"""
-        name = self._temporary(folder / _SHARDS[0] / "probe")
-        with _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+        with self._scratch(folder, os.O_WRONLY) as fd:
+            os.posix_fallocate(fd, 0, self._largest)
+            os.pwrite(fd, bytes(BLOCK), 0)
+            os.fdatasync(fd)
+
+    @contextlib.contextmanager
+    def _scratch(self, folder: Path, flags: int) -> Iterator[int]:
+        """A new file to try something with; it is gone afterwards."""
+        name = self._temporary(folder / SHARDS[0] / "probe")
+        with _opened(name, flags | os.O_CREAT | os.O_EXCL) as fd:
             try:
-                os.posix_fallocate(fd, 0, self._largest)
-                os.pwrite(fd, bytes(BLOCK), 0)
-                os.fdatasync(fd)
+                yield fd
             finally:
                 name.unlink(missing_ok=True)
 
@@ -258,18 +283,6 @@ def _key_of(name: str) -> bytes | None:
         return bytes.fromhex(name)
     except ValueError:
         return None
-
-
-def _is_forsaken(path: str, when: float) -> bool:
-    """Whether no living writer has this temporary file. A writer that has not locked it yet loses it, and fails."""
-    with _opened(Path(path), os.O_RDONLY) as fd:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return time.time() - when > _FORSAKEN
-    return True
 
 
 def _read_start(path: Path) -> None:

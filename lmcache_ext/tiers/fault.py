@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from random import Random
 
@@ -45,7 +45,7 @@ class Faulty(Medium):
         self.inner = inner
         self.faults = faults
         self.lasting = inner.lasting
-        self.shared = inner.shared
+        self.shared, self.bounded, self.batch = inner.shared, inner.bounded, inner.batch
         self.done: Counter[str] = Counter()  # what was spoilt, by kind
         self._calls: Counter[tuple[str, bytes]] = Counter()  # guarded by _lock
         self._lock = threading.Lock()
@@ -109,6 +109,11 @@ class Faulty(Medium):
     def size(self, key: bytes) -> int | None:
         self._spoil("size", key)
         return self.inner.size(key)
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        for key in keys:
+            self._spoil("size", key)
+        return self.inner.sizes(keys)
 
     def remove(self, key: bytes) -> None:
         self._spoil("remove", key)

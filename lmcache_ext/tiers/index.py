@@ -8,6 +8,8 @@ victims; its writer removes them before it writes. A victim whose removal failed
 bytes count until somebody manages to remove it.
 
 Objects that a scan finds can be read at once; they can be evicted once the scan is over and `settle` put them in order.
+
+An index that does not keep forgets an object as soon as it is written: for media that are asked about everything.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +27,7 @@ from lmcache_ext.policies import EvictionPolicy
 from lmcache_ext.tiers.base import Outcome
 
 _BATCH = 512  # keys settled in one go
+_MOST_LEFT = 1 << 16
 _PAUSE = 0.0005  # seconds; without, whoever waits for the lock starves
 
 
@@ -49,10 +53,12 @@ class Index:
     Args:
         policy: orders the keys that may be evicted.
         capacity: bytes; None: no bound.
+        keeps: whether it remembers what is READY; if not, only what is being written or removed here.
     """
 
-    def __init__(self, policy: EvictionPolicy, capacity: int | None) -> None:
+    def __init__(self, policy: EvictionPolicy, capacity: int | None, keeps: bool = True) -> None:
         self.capacity = capacity
+        self.keeps = keeps
         self._policy = policy
         self._lock = threading.Lock()
         # Guarded by _lock, as all below. Plain numbers by key, not an object for each: a million of those, and every
@@ -68,7 +74,9 @@ class Index:
         self._stuck: set[bytes] = set()  # LEAVING, their removal failed, and nobody is at it
         self._ready = 0
         self._unsettled: dict[bytes, float] | None = None  # key → time of last change, while a scan runs
-        self._touched: list[bytes] = []  # in the meantime
+        self._touched: dict[bytes, None] = {}  # of what is ready, in the meantime; the last used last
+        self._left: deque[bytes] = deque(maxlen=_MOST_LEFT)  # went since `take_left`, and may be back
+        self._went = 0  # so many
         self.evicted = 0
 
     @property
@@ -180,6 +188,9 @@ class Index:
                 self._states[key] = State.LEAVING
                 self._leaving += self._sizes[key]
                 return True
+            if not self.keeps:
+                self._erase(key)
+                return False
             del self._states[key]
             self._enter(key, None)
             return False
@@ -211,8 +222,11 @@ class Index:
 
     def _leave(self, key: bytes) -> None:
         self._states[key] = State.LEAVING
+        self._left.append(key)
+        self._went += 1
         self._ready -= 1
         self._leaving += self._sizes[key]
+        self._touched.pop(key, None)
         if self._unsettled is None or self._unsettled.pop(key, None) is None:
             self._policy.remove(key)
 
@@ -259,9 +273,9 @@ class Index:
     # -- finding out ------------------------------------------------------------------------------------------------
 
     def adopt(self, key: bytes, size: int, when: float, expires: float) -> bool:
-        """An object was found. False if its key is known, in whatever state."""
+        """An object was found. False if its key is known, in whatever state, or will not be."""
         with self._lock:
-            if key in self._sizes:
+            if key in self._sizes or not self.keeps:
                 return False
             self._record(key, size, expires)
             self._enter(key, when)
@@ -283,7 +297,8 @@ class Index:
         if self._unsettled is None or key not in self._unsettled:
             self._policy.touch(key)
         else:
-            self._touched.append(key)
+            self._touched.pop(key, None)  # else it keeps its place
+            self._touched[key] = None
 
     def begin_scan(self) -> None:
         """What `adopt` gets from now on waits for `settle`."""
@@ -311,10 +326,23 @@ class Index:
             for key in self._unsettled or {}:  # came while we sorted
                 self._insert(key)
             for key in self._touched:
-                if key in self._sizes and key not in self._states:
-                    self._policy.touch(key)
-            self._touched = []
+                self._policy.touch(key)
+            self._touched = {}
             self._unsettled = None
+
+    def take_left(self) -> tuple[list[bytes], bool]:
+        """Keys that went since the last call and are not ready again; whether there were more than are remembered."""
+        if not self._went:
+            return [], False
+        with self._lock:
+            left, more = [key for key in self._left if not self.is_ready(key)], self._went > len(self._left)
+            self._left.clear()
+            self._went = 0
+        return left, more
+
+    def is_ready(self, key: bytes) -> bool:
+        """Whether it can be found."""
+        return key in self._sizes and key not in self._states
 
     def knows(self, key: bytes) -> bool:
         """Whether there is a record of `key`, in whatever state."""
@@ -342,6 +370,6 @@ class Index:
             if leaving != self._leaving or not 0 <= self._pledged <= leaving:
                 faults.append(f"{self._leaving} bytes are leaving, {leaving} really, {self._pledged} of them pledged")
             notes = self._states.keys() | self._expires.keys() | self._readers.keys() | self._doomed | self._stuck
-            if notes - self._sizes.keys() or self._stuck - set(left):
+            if notes - self._sizes.keys() or self._stuck - set(left) or self._touched.keys() - ready:
                 faults.append("something is noted about objects that there are not")
             return faults

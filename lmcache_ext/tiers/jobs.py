@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lmcache_ext.tiers.base import Counts, JobResult, Kind, Outcome
 
@@ -55,12 +55,12 @@ class Jobs:
                 self._end(job)
             return job
 
-    def start(self, job: Job, i: int) -> bool:
-        """A thread wants to work on key `i`. False if the job has ended: its buffers must not be touched."""
+    def start(self, job: Job, keys: Iterable[int]) -> bool:
+        """A thread wants to work on these keys. False if the job has ended: its buffers must not be touched."""
         with self._change:
             if job.ended or time.monotonic() >= job.deadline:
                 return False
-            job.running.add(i)
+            job.running.update(keys)
             return True
 
     def finish(self, job: Job, i: int, outcome: Outcome, nbytes: int = 0) -> bool:

@@ -7,7 +7,7 @@ proof that what comes back is what was stored; a medium moves bytes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lmcache_ext.errors import ConfigError
@@ -38,6 +38,14 @@ class Medium(ABC):
 
     shared = False
     """Others write here, too: the medium is asked about keys that the runner does not know."""
+
+    bounded = False
+    """Whoever runs it bounds it, and it drops objects as it likes (a redis with maxmemory). Together with `shared`: the
+    runner keeps no index, counts and evicts nothing, and asks the medium each time, unless the user gives a capacity.
+    """
+
+    batch = 1
+    """How many keys go into one call of `sizes`. More only where that takes less time than a call for each."""
 
     @classmethod
     def from_address(cls, address: Address) -> Medium:
@@ -72,6 +80,10 @@ class Medium(ABC):
     @abstractmethod
     def size(self, key: bytes) -> int | None:
         """Bytes of the whole object, or None if there is none."""
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        """`size` of each of at most `batch` keys."""
+        return [self.size(key) for key in keys]
 
     @abstractmethod
     def remove(self, key: bytes) -> None:

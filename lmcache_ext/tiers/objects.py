@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 
 from lmcache_ext.tiers.base import Outcome, Parts
 from lmcache_ext.tiers.header import BLOCK, Header, digest, encode, examine
 from lmcache_ext.tiers.index import Index
 from lmcache_ext.tiers.medium import Medium
+from lmcache_ext.tiers.serde import Serde
 
 Done = tuple[Outcome, int]
 """How it went, and the bytes of payload that were moved: 0 if the medium was not needed."""
@@ -17,19 +19,22 @@ Done = tuple[Outcome, int]
 class Objects:
     """Keeps medium and index in step. Thread-safe. Methods raise what the medium raises; nothing is left half done."""
 
-    def __init__(self, medium: Medium, index: Index, ttl: float) -> None:
+    def __init__(self, medium: Medium, index: Index, ttl: float, serde: Serde) -> None:
         self._medium = medium
         self._index = index
         self._ttl = ttl
+        self._serde = serde
 
-    def ask(self, key: bytes) -> Done:
-        """Is an object that the index does not know on the medium?"""
-        size = self._medium.size(key)
-        if size is None:
-            return Outcome.MISS, 0
-        self.enter(key, size, time.time())
+    def ask(self, keys: Sequence[bytes]) -> list[Done]:
+        """Are objects that the index does not know on the medium?"""
+        sizes = self._medium.sizes(keys)
+        if not self._index.keeps:
+            return [(Outcome.MISS if size is None else Outcome.OK, 0) for size in sizes]
+        for key, size in zip(keys, sizes, strict=True):
+            if size is not None:
+                self.enter(key, size, time.time())
         self.trim()
-        return self._index.find([key], time.time())[0] or Outcome.MISS, 0
+        return [(verdict or Outcome.MISS, 0) for verdict in self._index.find(keys, time.time())]
 
     def enter(self, key: bytes, size: int, when: float, expires: float = 0.0) -> None:
         """An object of `size` bytes, header included, was found. `trim` soon afterwards."""
@@ -52,24 +57,28 @@ class Objects:
         return keys
 
     def store(self, key: bytes, parts: Parts, header: memoryview) -> Done:
-        """Write one object; removes its victims first."""
+        """Write one object; removes its victims first. Without an index: unless somebody has written it already."""
         now = time.time()
         if self._index.find([key], now)[0] is Outcome.EXPIRED:
             self.discard(key)
-        nbytes = sum(part.nbytes for part in parts)
+        nbytes, coded = sum(part.nbytes for part in parts), self._serde.nbytes(parts)
         expires = now + self._ttl if self._ttl else 0.0
-        size = self._medium.footprint(BLOCK + nbytes)
+        size = self._medium.footprint(BLOCK + coded)
         grant = self._index.reserve(key, size, expires, now)
         if grant is Outcome.FULL and self.retry():
             grant = self._index.reserve(key, size, expires, now)
         if isinstance(grant, Outcome):
             return grant, 0
         try:
+            if not self._index.keeps and self._medium.size(key) == BLOCK + coded:
+                self._index.abort(grant)
+                return Outcome.OK, 0
             for victim in list(grant.victims):
                 self._medium.remove(victim)
                 self._index.gone(victim, grant)
-            encode(header, key, parts, expires)
-            self._medium.write(key, header, parts)
+            stored = self._serde.encode(key, parts)
+            encode(header, key, stored, expires)
+            self._medium.write(key, header, stored)
         except BaseException:
             self._index.abort(grant)
             raise
@@ -96,18 +105,22 @@ class Objects:
         if known is None:
             self.enter(key, BLOCK + found.nbytes, now, found.expires)
             self.trim()
-        return Outcome.OK, found.nbytes
+        return Outcome.OK, sum(part.nbytes for part in parts)
 
     def _read(self, key: bytes, parts: Parts, header: memoryview, now: float) -> Header | Outcome:
         header[:] = bytes(BLOCK)
+        room = self._serde.room(parts)
         try:
-            size = self._medium.read(key, header, parts)
+            size = self._medium.read(key, header, room)
         except FileNotFoundError:
             return Outcome.MISS
-        found = examine(header, size, key, [part.nbytes for part in parts], now)
-        if isinstance(found, Header) and digest(parts) != found.digest:
+        found = examine(header, size, key, [part.nbytes for part in room], now)
+        if not isinstance(found, Header):
+            return found
+        if digest(room) != found.digest:
             return Outcome.CORRUPT
-        return found
+        decoded = self._serde.decode(key, room, parts)
+        return found if decoded is Outcome.OK else decoded
 
     def _let_go(self, key: bytes, pinned: bool, found: Header | Outcome | None) -> None:
         """The read is over. What it proved useless goes; None: it proved nothing."""

@@ -36,11 +36,17 @@ class Options:
     cooldown: float = 1.0
     """seconds until an open breaker is probed for the first time; doubles up to `cooldown_max`"""
     cooldown_max: float = 60.0
+    serde: str = "naive"
+    """what is done to chunks on their way, serde.py: `naive`, or some of `fp8,aesgcm`"""
+    serde_dtype: str = ""
+    """the KV's numbers, for `fp8`: bf16 or fp16"""
+    serde_key_file: str = ""
+    """for `aesgcm`: a file with 64 hexadecimal digits"""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError("policy", self.policy, f"must be one of {', '.join(POLICIES)}")
-        positive = {field.name for field in fields(self)} - {"policy", "ttl", "capacity_gb"}
+        positive = {field.name for field in fields(self) if field.type in ("int", "float")} - {"ttl"}
         for name in sorted(positive):
             if not getattr(self, name) > 0:
                 raise ConfigError(name, getattr(self, name), "must be greater than 0")

@@ -5,16 +5,20 @@ one, so that a load never waits behind stores alone. Stores wait while the first
 only then is it known how much room there is; look-ups and loads do not wait: until then the medium itself is asked.
 
 Reads and writes have a breaker each: a disk that is full or read-only still gives back what it holds.
+
+A medium that others write to and that has a bound of its own needs no index, unless a capacity is given: look-ups and
+loads ask it, a store first asks whether somebody else was quicker, and nothing is listed, counted or evicted.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +31,7 @@ from lmcache_ext.tiers.jobs import Job, Jobs
 from lmcache_ext.tiers.medium import Medium
 from lmcache_ext.tiers.objects import Done, Objects
 from lmcache_ext.tiers.options import Options
+from lmcache_ext.tiers.serde import Serde
 from lmcache_ext.tiers.survey import Survey
 
 logger = logging.getLogger("lmcache_ext.tiers")
@@ -38,18 +43,18 @@ _FAULTS = (Outcome.FAILED, Outcome.CORRUPT)
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done for one key; `drop` instead, if it is too late for that."""
+    """What is to be done for one key, or for several in their order; `drop` instead, if it is too late for that."""
 
-    call: Callable[[], Done]
+    call: Callable[[], list[Done]]
     drop: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One key of one job."""
+    """Some keys of one job."""
 
     job: Job
-    i: int
+    keys: tuple[int, ...]
     work: Work
 
 
@@ -68,7 +73,8 @@ class Runner(Tier):
     def __init__(self, medium: Medium, options: Options, name: str) -> None:
         self.medium = medium
         self.options = options
-        self.index = Index(POLICIES.get(options.policy)(), options.capacity)
+        keeps = options.capacity is not None or not (medium.shared and medium.bounded)
+        self.index = Index(POLICIES.get(options.policy)(), options.capacity, keeps)
         self._name = name
         self._jobs = Jobs()
         limits = (options.faults, options.cooldown, options.cooldown_max)
@@ -80,9 +86,11 @@ class Runner(Tier):
         self._pending = dict.fromkeys(Kind, 0)
         self._storing = 0  # threads in a store
         self._closing = threading.Event()
+        self._closed = False
         self._local = threading.local()
+        self.serde = Serde.of(options)
         medium.open()
-        self._objects = Objects(medium, self.index, options.ttl)
+        self._objects = Objects(medium, self.index, options.ttl, self.serde)
         self._survey = Survey(medium, self.index, self._objects, self._surveyed, self._closing)
         names = [f"tier-{i}" for i in range(options.threads)]
         self._threads = [threading.Thread(target=self._serve, name=each, daemon=True) for each in names]
@@ -96,45 +104,52 @@ class Runner(Tier):
     def lookup(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         _require(keys)
         if off := self._off(Kind.LOOKUP):
-            return self._submit(Kind.LOOKUP, [off] * len(keys), [], timeout)
-        works = [Work(partial(self._objects.ask, key)) for key in keys] if self._asks else []
-        return self._submit(Kind.LOOKUP, self._find(keys), works, timeout)
+            return self._submit(Kind.LOOKUP, [off] * len(keys), {}, timeout)
+        verdicts = self._find(keys)
+        works: dict[int, Work] = {}
+        todo = [i for i, verdict in enumerate(verdicts) if verdict is None]
+        for start in range(0, len(todo), self.medium.batch):
+            some = todo[start : start + self.medium.batch]
+            works.update(dict.fromkeys(some, Work(partial(self._objects.ask, [keys[i] for i in some]))))
+        return self._submit(Kind.LOOKUP, verdicts, works, timeout)
 
     def submit_store(self, keys: Sequence[bytes], buffers: Sequence[Parts], timeout: float | None = None) -> int:
         _require(keys, buffers)
         if off := self._off(Kind.STORE):
-            return self._submit(Kind.STORE, [off] * len(keys), [], timeout)
+            return self._submit(Kind.STORE, [off] * len(keys), {}, timeout)
         there = self.index.find(keys, time.time(), touch=True)
         verdicts: list[Outcome | None] = [verdict if verdict is Outcome.OK else None for verdict in there]
-        works = [Work(partial(self._store, key, parts)) for key, parts in zip(keys, buffers, strict=True)]
+        works = {i: Work(partial(self._store, key, buffers[i])) for i, key in enumerate(keys)}
         return self._submit(Kind.STORE, verdicts, works, timeout)
 
     def submit_load(self, keys: Sequence[bytes], buffers: Sequence[Parts], timeout: float | None = None) -> int:
         _require(keys, buffers, written=True)
         if off := self._off(Kind.LOAD):
-            return self._submit(Kind.LOAD, [off] * len(keys), [], timeout)
+            return self._submit(Kind.LOAD, [off] * len(keys), {}, timeout)
         found = self._find(keys)
         verdicts: list[Outcome | None] = [verdict if verdict is Outcome.MISS else None for verdict in found]
-        works = [Work(partial(self._load, key, parts)) for key, parts in zip(keys, buffers, strict=True)]
+        works = {i: Work(partial(self._load, key, buffers[i])) for i, key in enumerate(keys)}
         return self._submit(Kind.LOAD, verdicts, works, timeout)
 
     def delete(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         _require(keys)
         off = self._off(Kind.DELETE)
         verdicts: list[Outcome | None] = []
-        works: list[Work] = []
-        for key in keys:
+        works: dict[int, Work] = {}
+        for i, key in enumerate(keys):
             mine = self.index.leave(key)
             if mine and off:
                 self.index.stay(key)
             needed = self._asks if mine is None else mine
             verdicts.append(off if needed else Outcome.OK)
             later = partial(self.index.stay, key) if mine else None
-            works.append(Work(partial(self._objects.delete, key, bool(mine)), later))
+            works[i] = Work(partial(self._delete, key, bool(mine)), later)
         return self._submit(Kind.DELETE, verdicts, works, timeout)
 
-    def _submit(self, kind: Kind, verdicts: list[Outcome | None], works: Sequence[Work], timeout: float | None) -> int:
-        """Open a job and queue the keys without a verdict, as many as there is room for."""
+    def _submit(
+        self, kind: Kind, verdicts: list[Outcome | None], works: Mapping[int, Work], timeout: float | None
+    ) -> int:
+        """Open a job and queue the keys without a verdict, as many as there is room for; neighbours may share one."""
         options = self.options
         bound = options.store_queue if kind is Kind.STORE else options.load_queue
         if timeout is None:
@@ -148,7 +163,7 @@ class Runner(Tier):
                     drop()
             job = self._jobs.open(kind, verdicts, timeout)
             self._pending[kind] += len(taken)
-            tasks = [Task(job, i, works[i]) for i in taken]
+            tasks = [Task(job, tuple(some), works[some[0]]) for some in _together(taken, works)]
             if kind is Kind.STORE:
                 self._stores.extend(tasks)
             else:
@@ -159,7 +174,7 @@ class Runner(Tier):
     @property
     def scanned(self) -> bool:
         """Whether everything is known that was there at the start."""
-        return self._survey.complete or not self.medium.lasting
+        return self._survey.complete or not (self.medium.lasting and self.index.keeps)
 
     @property
     def _asks(self) -> bool:
@@ -198,6 +213,12 @@ class Runner(Tier):
             if self._jobs.wait(timeout=left) or left <= 0:
                 return self._jobs.wait(timeout=0)
 
+    def holds(self, key: bytes) -> bool:
+        return not self.medium.shared and self.index.is_ready(key)
+
+    def left(self) -> tuple[list[bytes], bool]:
+        return self.index.take_left()
+
     def counts(self) -> Counts:
         counts = self._jobs.counts()
         counts.evicted = self.index.evicted
@@ -221,7 +242,6 @@ class Runner(Tier):
     def close(self, timeout: float) -> bool:
         until = time.monotonic() + timeout
         with self._more:
-            first = not self._closing.is_set()
             self._closing.set()
             self._urgent.clear()
             self._stores.clear()
@@ -231,7 +251,8 @@ class Runner(Tier):
             thread.join(max(0.0, until - time.monotonic()))
         ended = self._survey.join(max(0.0, until - time.monotonic()))
         ended = ended and not any(thread.is_alive() for thread in self._threads)
-        if ended and first:
+        if ended and not self._closed:
+            self._closed = True
             self.medium.close()
         return ended
 
@@ -258,33 +279,36 @@ class Runner(Tier):
     def _run(self, task: Task) -> None:
         kind = task.job.kind
         why = "an object was damaged"
-        started = self._jobs.start(task.job, task.i)
-        outcome, nbytes = Outcome.LATE, 0
+        started = self._jobs.start(task.job, task.keys)
+        done: list[Done] = []
         if started:
             try:
-                outcome, nbytes = task.work.call()
+                done = task.work.call()
             except Exception as error:
-                outcome, why = Outcome.FAILED, f"{type(error).__name__}: {error}"
+                done, why = [(Outcome.FAILED, 0)] * len(task.keys), f"{type(error).__name__}: {error}"
                 logger.debug("a %s on %s failed: %s", kind.value, self._name, why)
         elif task.work.drop:
             task.work.drop()
         with self._more:
-            self._pending[kind] -= 1
+            self._pending[kind] -= len(task.keys)
             if kind is Kind.STORE:
                 self._storing -= 1
                 self._more.notify()
-        if outcome in _FAULTS:
+        if any(outcome in _FAULTS for outcome, _ in done):
             self._breaker(kind).fault(time.monotonic(), why)
-        elif nbytes and not task.job.ended:
+        elif any(nbytes for _, nbytes in done) and not task.job.ended:
             self._breaker(kind).success()
-        if started:
-            self._jobs.finish(task.job, task.i, outcome, nbytes)
+        for i, (outcome, nbytes) in zip(task.keys, done, strict=False):  # more than the queue had room for may be done
+            self._jobs.finish(task.job, i, outcome, nbytes)
 
-    def _store(self, key: bytes, parts: Parts) -> Done:
-        return self._objects.store(key, parts, self._header())
+    def _store(self, key: bytes, parts: Parts) -> list[Done]:
+        return [self._objects.store(key, parts, self._header())]
 
-    def _load(self, key: bytes, parts: Parts) -> Done:
-        return self._objects.load(key, parts, self._header(), self._asks)
+    def _load(self, key: bytes, parts: Parts) -> list[Done]:
+        return [self._objects.load(key, parts, self._header(), self._asks)]
+
+    def _delete(self, key: bytes, known: bool) -> list[Done]:
+        return [self._objects.delete(key, known)]
 
     def _header(self) -> memoryview:
         """This thread's block for headers, on a memory page of its own."""
@@ -315,6 +339,11 @@ class Runner(Tier):
             self._writes.fault(time.monotonic(), f"listing what is there: {fault}", at_once=not self.scanned)
         with self._more:
             self._more.notify_all()
+
+
+def _together(taken: Iterable[int], works: Mapping[int, Work]) -> Iterator[list[int]]:
+    """`taken` in groups of neighbours that share a work."""
+    return (list(some) for _, some in itertools.groupby(taken, key=lambda i: id(works[i])))
 
 
 def _require(keys: Sequence[bytes], buffers: Sequence[Parts] | None = None, written: bool = False) -> None:

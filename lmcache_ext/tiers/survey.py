@@ -42,9 +42,9 @@ class Survey:
         self.complete = False  # once a whole scan has succeeded
 
     def start(self) -> None:
-        """Scan in the background, unless a scan runs."""
+        """Scan in the background, unless a scan runs, or the index would not keep what it finds."""
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
+            if self._index.keeps and (self._thread is None or not self._thread.is_alive()):
                 self._thread = threading.Thread(target=self._run, name="tier-scan", daemon=True)
                 self._thread.start()
 

@@ -2,12 +2,12 @@
 
 from lmcache_ext.transfer.base import Plan, Result, Transfer
 from lmcache_ext.transfer.pages import PageTable
-from lmcache_ext.transfer.pool import Growth, HostPool
+from lmcache_ext.transfer.pool import Growth, HostPool, Pool
 
-__all__ = ["Growth", "HostPool", "PageTable", "Plan", "Result", "Transfer", "open_transfer"]
+__all__ = ["Growth", "HostPool", "PageTable", "Plan", "Pool", "Result", "Transfer", "open_transfer"]
 
 
-def open_transfer(pages: PageTable, pool: HostPool, load_timeout: float) -> Transfer:
+def open_transfer(pages: PageTable, pool: Pool, load_timeout: float) -> Transfer:
     """The data plane for the device that holds `pages`.
 
     Raises:

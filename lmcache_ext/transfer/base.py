@@ -71,9 +71,22 @@ class Transfer(ABC):
         A load that failed is reported by `poll` as any other.
         """
 
+    def beat(self) -> None:  # noqa: B027 - most have nothing to do
+        """The engine takes a step that needs the device: what is done beside it gives way for a while."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the pool has grown as far as it ever will."""
+        return False
+
     @abstractmethod
     def poll(self) -> list[Result]:
         """Results since the last call."""
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """Whether everything that was submitted was reported."""
 
     @abstractmethod
     def cancel(self, ids: Collection[int]) -> None:

@@ -12,13 +12,16 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 
+from lmcache_ext import native
+from lmcache_ext.native import call
 from lmcache_ext.transfer.base import Blocks, Way
 from lmcache_ext.transfer.lanes import Job, LaneTransfer
 from lmcache_ext.transfer.pages import PageTable
-from lmcache_ext.transfer.pool import HostPool
+from lmcache_ext.transfer.pool import Pool
 
 Copy = Callable[[Blocks, Blocks, Blocks], None]
 """copy(target addresses, source addresses, sizes in bytes), all int64 [n]."""
@@ -27,27 +30,23 @@ _MOST_CORES = 4
 _SHARE_BYTES = 1 << 20  # what is worth another core
 
 
+def _copy(memcpy: int, target: Blocks, source: Blocks, size: Blocks) -> None:
+    for i in range(target.shape[0]):
+        call(memcpy, (target[i], source[i], size[i]))
+
+
 def compile_copy() -> Copy:
-    """The native batch copy. Compiles for about a second; call it while nobody waits."""
-    from numba import njit
-
-    memcpy = ctypes.CDLL(None).memcpy
-    memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    memcpy.restype = ctypes.c_void_p
-
-    @njit("void(int64[::1], int64[::1], int64[::1])", nogil=True)
-    def copy(target: Blocks, source: Blocks, size: Blocks) -> None:
-        for i in range(target.shape[0]):
-            memcpy(target[i], source[i], size[i])
-
-    return copy  # type: ignore[no-any-return]
+    """The native batch copy."""
+    array = "int64[::1]"
+    memcpy = native.address_of(ctypes.CDLL(None).memcpy)
+    return partial(native.compiled(_copy, f"void(int64, {array}, {array}, {array})"), memcpy)
 
 
 class CpuTransfer(LaneTransfer):
     """KV memory and pool are both host memory. The pool's pages are taken as they are first written, so all of it
     serves at once."""
 
-    def __init__(self, pages: PageTable, pool: HostPool, load_timeout: float, copy: Copy | None = None) -> None:
+    def __init__(self, pages: PageTable, pool: Pool, load_timeout: float, copy: Copy | None = None) -> None:
         super().__init__(load_timeout)
         self._pages = pages
         self._pool = pool
@@ -55,7 +54,7 @@ class CpuTransfer(LaneTransfer):
         # Loads alone: somebody waits for them, while stores run beside the engine's own work.
         self._helpers = ThreadPoolExecutor(min(_MOST_CORES, os.cpu_count() or 1), thread_name_prefix="lmcache-load")
         self._open_lanes()
-        pool.grown = pool.shape.slots
+        pool.grown = pool.grain.slots
 
     def fence(self) -> object:
         """Host code is in order already."""
@@ -68,7 +67,7 @@ class CpuTransfer(LaneTransfer):
         began = time.monotonic()
         pages, plan = self._pages, job.plan
         kv = (pages.base[None, :] + plan.blocks[:, None] * pages.stride[None, :]).ravel()
-        host = (self._pool.address + plan.rows[:, None] * pages.row_bytes + pages.offset[None, :]).ravel()
+        host = (self._pool.address + self._pool.at(plan.rows)[:, None] + pages.offset[None, :]).ravel()
         sizes = np.tile(pages.size, len(plan.blocks))
         if plan.way is Way.STORE:
             self._copy(host, kv, sizes)

@@ -10,29 +10,30 @@ prepares a plan as arrays; a lane's thread issues it, stage by stage, in compile
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
 from lmcache_ext.errors import TransferError
-from lmcache_ext.transfer.base import Result, Way
-from lmcache_ext.transfer.driver import Driver
+from lmcache_ext.transfer.base import Way
+from lmcache_ext.transfer.driver import Driver, KernelNode
 from lmcache_ext.transfer.growth import PoolGrowth, slots_per_piece
 from lmcache_ext.transfer.kernel import BLOCK, WORD, move_pages
 from lmcache_ext.transfer.lanes import Job, LaneTransfer
 from lmcache_ext.transfer.pages import PageTable
-from lmcache_ext.transfer.pool import HostPool
-from lmcache_ext.transfer.stages import Stages, Track, compiled, cut, explain
+from lmcache_ext.transfer.pool import Pool
+from lmcache_ext.transfer.stages import CALLS, Stages, Track, compiled, cut, explain
 
 logger = logging.getLogger("lmcache_ext.transfer")
 
-STAGE_BYTES = 64 << 20  # what a ring slot holds
-RINGS = 2
-AHEAD_BYTES = 256 << 20  # issued and not finished: 5 ms of a PCIe 5 link
+STAGE_BYTES = 32 << 20  # what a ring slot holds: 0.6 ms of a PCIe 5 link, and the longest that another's copy waits
+RINGS = 4  # slots
 PROGRAMS = 132  # of the kernel
 _ALIGNED = 256  # bytes: the kernel was compiled for a ring slot that begins at a multiple of 16
 _SPARE_ARGUMENTS = 4  # Triton's kernels take pointers to scratch memory behind their own arguments; ours use none
@@ -57,23 +58,24 @@ class CudaTransfer(LaneTransfer):
         TransferError: a page is not a whole number of 8-byte words, or there is no CUDA context.
     """
 
-    def __init__(self, pages: PageTable, pool: HostPool, load_timeout: float) -> None:
+    def __init__(self, pages: PageTable, pool: Pool, load_timeout: float) -> None:
         super().__init__(load_timeout)
         if any((table % WORD).any() for table in (pages.size, pages.stride, pages.base)):
             raise TransferError(f"pages of {pages.size.tolist()} bytes are not whole words of {WORD}")
         self._pages = pages
         self._pool = pool
         self._device = pages.keep[0].device
-        self._row_bytes = pool.shape.row_bytes
+        self._row_bytes = pool.row_bytes
         self._stage_rows = max(1, STAGE_BYTES // self._row_bytes)
-        self._piece = slots_per_piece(pool.shape)
+        self._piece = slots_per_piece(pool.grain)
         self._tables = [
             torch.from_numpy(table).to(self._device)
             for table in (pages.base, pages.stride, pages.size // WORD, pages.offset // WORD)
         ]
         torch.cuda.current_stream(self._device).synchronize()
         self._driver = Driver()
-        self._issue_native = compiled(self._driver)
+        self._issue_native = compiled()
+        self._calls = np.array(self._driver.addresses(CALLS), dtype=np.int64)
         self._keep: list[Any] = []  # streams and rings, which native code knows by number
         self._streams = {way: torch.cuda.Stream(self._device) for way in Way}  # the kernels'
         self._tracks = {way: self._lay(way) for way in Way}
@@ -83,30 +85,31 @@ class CudaTransfer(LaneTransfer):
 
     def _lay(self, way: Way) -> Track:
         """Streams, ring and kernel of one way. Compiles the kernel: no row is moved."""
-        copy, kernel = torch.cuda.Stream(self._device), self._streams[way]
+        copies, kernel = [torch.cuda.Stream(self._device) for _ in range(2)], self._streams[way]
         size = -(-self._stage_rows * self._row_bytes // _ALIGNED) * _ALIGNED
         ring = torch.empty(RINGS * size, dtype=torch.uint8, device=self._device)
         none = torch.zeros(1, dtype=torch.int64, device=self._device)
         chunks = triton.cdiv(int(self._pages.size.max()) // WORD, BLOCK)
         numbers = (0, len(self._pages.size), self._row_bytes // WORD, chunks)
+        made = move_pages[(PROGRAMS,)](  # on the engine's own stream: see stages.py
+            *self._tables, none, ring.view(torch.int64), *numbers, TO_PAGES=way is Way.LOAD, BLOCK=BLOCK
+        )
         torch.cuda.current_stream(self._device).synchronize()
-        with torch.cuda.stream(kernel):
-            made = move_pages[(PROGRAMS,)](
-                *self._tables, none, ring.view(torch.int64), *numbers, TO_PAGES=way is Way.LOAD, BLOCK=BLOCK
-            )
-        kernel.synchronize()
-        self._keep += [copy, ring, made]
+        arguments = np.array([*(t.data_ptr() for t in self._tables), 0, 0, *numbers, *[0] * _SPARE_ARGUMENTS])
+        pointers = arguments.ctypes.data + 8 * np.arange(len(arguments))
+        node = KernelNode(
+            function=made.function, grid=(PROGRAMS, 1, 1), block=(32 * made.metadata.num_warps, 1, 1),
+            shared=made.metadata.shared, arguments=pointers.ctypes.data,
+        )  # fmt: skip
+        self._keep += [copies, ring, made, pointers, node]
         return Track(
-            copy=copy.cuda_stream,
+            copies=(copies[0].cuda_stream, copies[1].cuda_stream),
             kernel=kernel.cuda_stream,
             rings=[ring.data_ptr() + i * size for i in range(RINGS)],
             event=self._driver.new_event,
-            ahead=max(RINGS, AHEAD_BYTES // size),
-            function=made.function,
-            programs=PROGRAMS,
-            threads=32 * made.metadata.num_warps,
-            shared=made.metadata.shared,
-            arguments=[*(t.data_ptr() for t in self._tables), 0, 0, *numbers, *[0] * _SPARE_ARGUMENTS],
+            graphs=[self._driver.new_graph(node) for _ in range(RINGS)],
+            parameters=ctypes.addressof(node),
+            arguments=arguments,
             vary=_VARY,
         )
 
@@ -117,14 +120,17 @@ class CudaTransfer(LaneTransfer):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def poll(self) -> list[Result]:
+    def beat(self) -> None:
         self._growth.beat()
-        return super().poll()
+
+    @property
+    def stopped(self) -> bool:
+        return self._growth.stopped
 
     def _prepare(self, job: Job) -> None:
         plan = job.plan
-        piece_rows = self._piece * self._pool.shape.blocks_per_slot
-        stages = cut(plan.rows, self._stage_rows, piece_rows, self._row_bytes, self._pool.address)
+        piece_bytes = self._piece * self._pool.grain.slot_bytes
+        stages = cut(self._pool.at(plan.rows), self._stage_rows, piece_bytes, self._row_bytes, self._pool.address)
         blocks = torch.from_numpy(plan.blocks).pin_memory()
         with torch.cuda.stream(self._streams[plan.way]):
             ids = blocks.to(self._device, non_blocking=True)
@@ -170,10 +176,10 @@ class CudaTransfer(LaneTransfer):
         track, given, parts = self._tracks[job.plan.way], job.carries, job.carries.stages
         code = self._issue_native(
             job.plan.way is Way.LOAD, job.after.cuda_event, given.began, given.ended, given.ids.data_ptr(),
-            parts.stages, parts.runs, parts.first, track.fixed, track.rings, track.middle, track.free, track.end,
-            track.arguments, track.issued,
+            parts.stages, parts.runs, parts.first, self._calls, track.fixed, track.rings, track.middle, track.over,
+            track.graphs, track.arguments, track.issued,
         )  # fmt: skip
         if code:
-            for stream in track.fixed[:2].tolist():  # what was issued must be over before its blocks are given back
+            for stream in track.fixed[:3].tolist():  # what was issued must be over before its blocks are given back
                 self._driver.finish(stream)
             raise self._driver.error(*explain(code))

@@ -6,17 +6,26 @@ All handles and addresses are 64-bit integers here.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from lmcache_ext.errors import TransferError
+from lmcache_ext.native import address_of
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE
 _BLOCKING_SYNC, _DISABLE_TIMING = 1, 2  # CU_EVENT_*
 _NOT_READY = 600
 
-Call = Callable[..., int]
 _I, _U = ctypes.c_int64, ctypes.c_uint32
+
+
+class KernelNode(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v2: a kernel, its shape, and where the addresses of its arguments lie."""
+
+    _fields_ = (
+        ("function", _I), ("grid", _U * 3), ("block", _U * 3), ("shared", _U), ("arguments", _I), ("extra", _I),
+        ("kernel", _I), ("context", _I),
+    )  # fmt: skip
 
 
 class Driver:
@@ -35,13 +44,10 @@ class Driver:
         self._check("cuCtxGetCurrent", self._cuda.cuCtxGetCurrent(ctypes.byref(self._context)))
         if not self._context:
             raise TransferError("cuCtxGetCurrent: this thread has no CUDA context")
-        self.wait_event = self._function("cuStreamWaitEvent", _I, _I, _U)  # stream, event, flags
-        self.record = self._function("cuEventRecord", _I, _I)  # event, stream
-        self.await_event = self._function("cuEventSynchronize", _I)
-        self.copy_in = self._function("cuMemcpyHtoDAsync_v2", _I, _I, _I, _I)  # device, host, bytes, stream
-        self.copy_out = self._function("cuMemcpyDtoHAsync_v2", _I, _I, _I, _I)  # host, device, bytes, stream
-        # function, grid x y z, block x y z, bytes of shared memory, stream, arguments, extra
-        self.launch = self._function("cuLaunchKernel", _I, _U, _U, _U, _U, _U, _U, _U, _I, _I, _I)
+
+    def addresses(self, calls: Sequence[str]) -> list[int]:
+        """Where these functions of the driver begin, for compiled code. None of them holds the GIL."""
+        return [address_of(getattr(self._cuda, name)) for name in calls]
 
     def enter(self) -> None:
         """Let the calling thread use the context, also while the engine captures a graph in another thread: in CUDA's
@@ -66,6 +72,17 @@ class Driver:
         self._check("cuEventCreate", self._cuda.cuEventCreate(ctypes.byref(event), flags))
         return event.value
 
+    def new_graph(self, kernel: KernelNode) -> tuple[int, int]:
+        """(a graph of this kernel alone, ready to be launched; its node)."""
+        graph, node, ready = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64()
+        self._check("cuGraphCreate", self._cuda.cuGraphCreate(ctypes.byref(graph), 0))
+        add = self._cuda.cuGraphAddKernelNode_v2
+        status = add(ctypes.byref(node), graph, None, ctypes.c_size_t(0), ctypes.byref(kernel))
+        self._check("cuGraphAddKernelNode", status)
+        status = self._cuda.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, ctypes.c_uint64(0))
+        self._check("cuGraphInstantiate", status)
+        return ready.value, node.value
+
     def reached(self, event: int) -> bool:
         """Whether the work before the event's last record is over. Raises TransferError if it failed."""
         status = self._cuda.cuEventQuery(ctypes.c_uint64(event))
@@ -82,7 +99,8 @@ class Driver:
 
     def order(self, stream: int, event: int) -> None:
         """What comes on `stream` waits for `event`."""
-        self._check("cuStreamWaitEvent", self.wait_event(stream, event, 0))
+        wait = self._cuda.cuStreamWaitEvent
+        self._check("cuStreamWaitEvent", wait(ctypes.c_uint64(stream), ctypes.c_uint64(event), 0))
 
     def finish(self, stream: int) -> None:
         """Wait for all that was issued on `stream`."""
@@ -97,9 +115,3 @@ class Driver:
     def _check(self, call: str, status: int) -> None:
         if status:
             raise self.error(call, status)
-
-    def _function(self, name: str, *arguments: type) -> Call:
-        """With declared types, so that compiled code can call it, too. None of them holds the GIL."""
-        function = getattr(self._cuda, name)
-        function.argtypes, function.restype = list(arguments), ctypes.c_int
-        return function  # type: ignore[no-any-return]

@@ -1,7 +1,9 @@
 """Takes a pool's memory and page-locks it piece by piece, in the background: at about half a second a GiB and thread it
 would otherwise hold up the engine's start by half a minute for 60 GiB.
 
-The engine serves from the first second. How far the pool has grown stands in its word, which the scheduler reads.
+While the engine starts, only the first GiB is taken: it maps memory and calls the driver all the time then, and would
+wait for us at every turn. It serves from the first second, with what there is. How far the pool has grown stands in its
+word, which the scheduler reads.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from collections.abc import Callable
 
 from lmcache_ext.config import memory_available
 from lmcache_ext.transfer.lanes import use_all_cores
-from lmcache_ext.transfer.pool import HostPool, Shape
+from lmcache_ext.transfer.pool import Pool, Shape
 
 logger = logging.getLogger("lmcache_ext.transfer")
 
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _PIECE_BYTES = 256 << 20  # page-locking a piece holds up the driver's other callers meanwhile
+_START_BYTES = 1 << 30  # taken while the engine starts
 _RESERVE_BYTES = 1 << 30  # of the machine's or the cgroup's memory, left to everybody else
 _SHORT_SECONDS = 1.0  # between looks whether there is memory again
 _MOST_THREADS = 8
@@ -52,19 +55,20 @@ class PoolGrowth:
         piece: slots that are grown at once, see `slots_per_piece`.
     """
 
-    def __init__(self, pool: HostPool, pin: Callable[[int, int], None], enter: Callable[[], None], piece: int) -> None:
+    def __init__(self, pool: Pool, pin: Callable[[int, int], None], enter: Callable[[], None], piece: int) -> None:
         self._pool, self._pin, self._enter, self._piece = pool, pin, enter, piece
-        self._count = -(-pool.shape.slots // piece)
+        self._grain = pool.grain
+        self._count = -(-self._grain.slots // piece)
         self._next = 0  # guarded by _lock; the next piece to take
         self._taken: set[int] = set()  # guarded by _lock; populated, not pinned
         self._pinned: list[int] = []  # addresses, in order; changed under _pinning
         self._lock, self._pinning = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
         self._began = time.monotonic()
-        self._last_step = -_BUSY_SECONDS
+        self._last_step = -math.inf
         self._short = False  # whether it was said that memory is short
         if pool.maker:
-            _libc.madvise(ctypes.c_void_p(pool.address), ctypes.c_size_t(pool.shape.words_at), _MADV_HUGEPAGE)
+            _libc.madvise(ctypes.c_void_p(pool.address), ctypes.c_size_t(self._grain.words_at), _MADV_HUGEPAGE)
         wanted = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2), self._count) if pool.maker else 1
         self._threads = [
             threading.Thread(target=self._run, name=f"lmcache-pool-{i}", daemon=True) for i in range(wanted)
@@ -73,8 +77,13 @@ class PoolGrowth:
             thread.start()
 
     def beat(self) -> None:
-        """The engine takes a step."""
+        """The engine takes a step that needs the device."""
         self._last_step = time.monotonic()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it grows no further."""
+        return self._stop.is_set() or self._pool.grown >= self._grain.slots
 
     def close(self, timeout: float) -> list[int]:
         """Stop after the pieces under way. Returns the addresses that were pinned; they stay so."""
@@ -93,6 +102,7 @@ class PoolGrowth:
                     piece, self._next = self._next, self._next + 1
                 if piece >= self._count:
                     return
+                self._wait_for_start(piece)
                 self._take(piece)
                 if self._stop.is_set():
                     return
@@ -105,25 +115,32 @@ class PoolGrowth:
                 logger.error(
                     "the host pool stays at %d of %d chunks (LMCACHE_MAX_LOCAL_CPU_SIZE): %s",
                     self._pool.grown,
-                    self._pool.shape.slots,
+                    self._grain.slots,
                     fault,
                 )
 
     def _span(self, piece: int) -> tuple[int, int]:
         """(first slot, end) of a piece."""
-        return piece * self._piece, min((piece + 1) * self._piece, self._pool.shape.slots)
+        return piece * self._piece, min((piece + 1) * self._piece, self._grain.slots)
 
     def _bytes(self, piece: int) -> tuple[int, int]:
         """(address, bytes) of a piece, in whole memory pages."""
         first, end = self._span(piece)
-        size = self._pool.shape.slot_bytes
-        stop = end * size if end < self._pool.shape.slots else self._pool.shape.words_at
+        size = self._grain.slot_bytes
+        stop = end * size if end < self._grain.slots else self._grain.words_at
         return self._pool.address + first * size, stop - first * size
 
     def _rest(self, taken: float) -> None:
         """After `taken` seconds that the engine may have felt: wait as long as it stays busy, and its share allows."""
         until = time.monotonic() + taken / _BUSY_SHARE
         while not self._stop.is_set() and time.monotonic() < min(until, self._last_step + _BUSY_SECONDS):
+            time.sleep(_WAIT_SECONDS)
+
+    def _wait_for_start(self, piece: int) -> None:
+        """The engine has started when its scheduler says so, or takes a step. The first pieces do not wait."""
+        if self._span(piece)[1] * self._grain.slot_bytes <= _START_BYTES:
+            return
+        while not (self._stop.is_set() or self._pool.serving or self._last_step > -math.inf):
             time.sleep(_WAIT_SECONDS)
 
     def _take(self, piece: int) -> None:
@@ -149,7 +166,7 @@ class PoolGrowth:
                     "less than %d MiB of memory are left: the host pool waits at %d of %d chunks",
                     (nbytes + _RESERVE_BYTES) >> 20,
                     self._pool.grown,
-                    self._pool.shape.slots,
+                    self._grain.slots,
                 )
             self._stop.wait(_SHORT_SECONDS)
 
@@ -171,7 +188,7 @@ class PoolGrowth:
                     if piece + 1 == self._count:
                         logger.info(
                             "the host pool of %.2f GB is complete after %.1f s",
-                            self._pool.shape.nbytes / (1 << 30),
+                            self._grain.nbytes / (1 << 30),
                             time.monotonic() - self._began,
                         )
             finally:

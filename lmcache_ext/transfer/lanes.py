@@ -155,6 +155,10 @@ class LaneTransfer(Transfer):
                 results.append(Result(job.plan.id, way, not job.error, job.nbytes, job.seconds, job.error))
         return results
 
+    @property
+    def idle(self) -> bool:
+        return not any(self._open.values())
+
     def cancel(self, ids: Collection[int]) -> None:
         for jobs in self._open.values():
             for job in jobs:

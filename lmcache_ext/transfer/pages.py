@@ -1,7 +1,7 @@
 """Where the engine's KV pages lie: for each layer a base address, the distance of two blocks, the size of a page.
 
-A page is one block of one layer. We treat its bytes as opaque (CPU attention packs keys and values in an order of its
-own); all that counts is that a page is one dense run of bytes.
+A page is one block of one layer, and one dense run of bytes. Copies treat it as opaque: CPU attention packs a head's
+keys and values in an order of its own. What else we know, which bytes are which head's, is for hand-overs alone.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lmcache_ext.errors import LayoutError
 from lmcache_ext.transfer.base import Blocks
+
+
+class Cut(NamedTuple):
+    """How the pages of adjacent layers are divided: each is `outer` runs of `heads` pieces of `head_bytes`."""
+
+    layers: int
+    outer: int
+    heads: int  # on this rank; 0: unknown, or there are none
+    head_bytes: int
+    kind: str  # what else must be equal for pieces to be interchangeable
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class PageTable:
     size: Blocks  # [layers] bytes of a page
     layout: str  # what must be equal for pages to be interchangeable
     keep: tuple[torch.Tensor, ...]
+    cuts: tuple[Cut, ...] = ()  # what is known of which bytes are which head's
 
     @property
     def row_bytes(self) -> int:
@@ -70,6 +82,7 @@ class PageTable:
             size=np.array([size for _, size in pages], dtype=np.int64),
             layout=_layout_id(kept, pages),
             keep=kept,
+            cuts=_cuts(kept, num_blocks),
         )
 
 
@@ -98,3 +111,21 @@ def _layout_id(tensors: tuple[torch.Tensor, ...], pages: list[tuple[int, int]]) 
         order = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), d))
         each.append(f"{tuple(tensor.shape[1:])}/{order}/{tensor.dtype}/{size}")
     return ";".join(f"{len(list(run))}x{one}" for one, run in itertools.groupby(each))
+
+
+def _cuts(tensors: tuple[torch.Tensor, ...], num_blocks: int) -> tuple[Cut, ...]:
+    """Of the layers, in their order: vLLM's attention has [blocks, heads, block, keys and values], in any order."""
+    each = itertools.groupby(_cut(tensor, tensor.shape[0] // num_blocks) for tensor in tensors)
+    return tuple(cut._replace(layers=len(list(run))) for cut, run in each)
+
+
+def _cut(tensor: torch.Tensor, ratio: int) -> Cut:
+    order = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), d))
+    sizes = [tensor.shape[d] for d in order]
+    if tensor.dim() != 4:
+        size = ratio * math.prod(sizes) * tensor.element_size()
+        return Cut(1, 1, 0, size, f"{ratio}x{sizes}/{order}/{tensor.dtype}")
+    at = order.index(1)
+    kind = f"{ratio}x{[*sizes[:at], 'heads', *sizes[at + 1 :]]}/{order}/{tensor.dtype}"
+    piece = math.prod(sizes[at + 1 :]) * tensor.element_size()
+    return Cut(1, ratio * math.prod(sizes[:at]), sizes[at], piece, kind)

@@ -1,7 +1,8 @@
 """The host pool: one anonymous shared-memory segment per rank, divided into slots.
 
 A slot holds one chunk: `blocks_per_slot` rows, each the bytes of one block of all layers. Behind the slots comes a page
-of words, one for each rank that maps the segment: how many slots that rank can copy to and from by now. The segment is
+of words, one for each rank that maps the segment: how many slots that rank can copy to and from by now; the page's last
+word says whether the engine has started. The segment is
 a memfd: it is not bounded by /dev/shm, other processes of the same user map it through /proc/<pid>/fd/<fd>, and nothing
 is left behind when its last user ends, however that comes about.
 """
@@ -12,11 +13,14 @@ import ctypes
 import mmap
 import os
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lmcache_ext.errors import ConfigError
+
+_SERVING = -1  # the word that the scheduler writes
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,42 @@ class Shape:
         return cls(slots, blocks_per_slot, row_bytes)
 
 
+class Pool(Protocol):
+    """Host memory that a data plane copies to and from."""
+
+    address: int
+    row_bytes: int
+    grown: int  # how many of the grain's slots, from the first, this rank can copy to and from by now
+
+    @property
+    def grain(self) -> Shape:
+        """What it grows by: no row lies in two of these slots, which begin at the pool's first byte."""
+
+    def at(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[n] where each of these rows begins, in bytes from the pool's first."""
+
+    @property
+    def maker(self) -> bool:
+        """Whether this rank made the pool, and takes its memory."""
+
+    @property
+    def made(self) -> int:
+        """How many slots the maker can use by now."""
+
+    @property
+    def serving(self) -> bool:
+        """Whether the engine has started, see `Growth.serve`."""
+
+    def close(self) -> None:
+        """Drop it. The mapping itself goes with its last view."""
+
+
 class HostPool:
     """A mapped segment. `member` is the word that is ours to write: 0 for the rank that made the pool."""
 
     def __init__(self, fd: int, shape: Shape, member: int = 0) -> None:
-        self.shape = shape
+        self.shape = self.grain = shape
+        self.row_bytes = shape.row_bytes
         self.fd = fd
         self._map = mmap.mmap(fd, shape.segment_bytes, flags=mmap.MAP_SHARED)
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, count=shape.nbytes)
@@ -111,14 +146,28 @@ class HostPool:
         return int(self._words[0])
 
     @property
+    def serving(self) -> bool:
+        """Whether the engine has started, see `Growth.serve`."""
+        return bool(self._words[_SERVING])
+
+    @property
     def path(self) -> str:
         """Where other processes of this user find the segment, as long as this one lives."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    def at(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[n] where each of these rows begins, in bytes."""
+        return rows * self.row_bytes
 
     def row(self, index: int) -> npt.NDArray[np.uint8]:
         """[row_bytes] the bytes of one row, writable."""
         start = index * self.shape.row_bytes
         return self.bytes[start : start + self.shape.row_bytes]
+
+    def part(self, slot: int, blocks: int) -> memoryview:
+        """The bytes of a slot's first `blocks` rows, writable."""
+        start = slot * self.shape.slot_bytes
+        return memoryview(self._map)[start : start + blocks * self.shape.row_bytes]
 
     def close(self) -> None:
         """Drop the segment. The mapping itself goes with its last view."""
@@ -128,7 +177,7 @@ class HostPool:
 
 
 class Growth:
-    """Reads how far a pool has grown, from any process of its user.
+    """Reads how far a pool has grown, and says when the engine has started, from any process of its user.
 
     Args:
         path: of the pool.
@@ -143,14 +192,19 @@ class Growth:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             _require_size(fd, path, shape)
-            self._map = mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=shape.words_at)
+            self._map = mmap.mmap(fd, mmap.PAGESIZE, offset=shape.words_at)
         finally:
             os.close(fd)
-        self._words = np.frombuffer(self._map, dtype=np.int64)[:members]
+        self._words = np.frombuffer(self._map, dtype=np.int64)
+        self._members = members
+
+    def serve(self) -> None:
+        """The engine has started: from now on the pool grows to its full size."""
+        self._words[_SERVING] = 1
 
     def slots(self) -> int:
         """Slots that every one of the ranks can use by now. About 3 µs."""
-        return int(self._words.min())
+        return int(self._words[: self._members].min())
 
 
 def _require_size(fd: int, path: str, shape: Shape) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lmcache_ext.errors import LMCacheError
+from lmcache_ext.transfer.pages import Cut
 from lmcache_ext.transfer.pool import Shape
 
 _POLL_SECONDS = 0.02
@@ -30,6 +31,7 @@ class Berth:
     blocks_per_slot: int
     row_bytes: int
     layout: str  # PageTable.layout
+    cuts: tuple[Cut, ...] = ()  # PageTable.cuts
 
     @property
     def shape(self) -> Shape:
@@ -69,7 +71,8 @@ def find(engine_id: str, rank: int, timeout: float) -> Berth | None:
     path, deadline = _path(engine_id, rank), time.monotonic() + timeout
     while True:
         if path.exists():
-            return Berth(**json.loads(path.read_text()))
+            said = json.loads(path.read_text())
+            return Berth(**{**said, "cuts": tuple(Cut(*each) for each in said["cuts"])})
         if time.monotonic() > deadline:
             return None
         time.sleep(_POLL_SECONDS)

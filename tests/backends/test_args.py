@@ -41,6 +41,18 @@ def connectors(config: WorkerConfig) -> list[str]:
     return [child["kv_connector"] for child in children] if children else [entry.kv_connector]
 
 
+def test_dynamos_runtime_hears_of_the_request_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYN_ENGINE_REQUEST_LIMIT", raising=False)
+    parse("--engine-request-limit", "8")
+    assert os.environ["DYN_ENGINE_REQUEST_LIMIT"] == "8"
+
+
+def test_offloading_by_vllms_own_flag_leaves_no_place_for_nixl() -> None:
+    assert connectors(parse("--kv-offloading-size", "1", lmcache="1")) == []
+    with pytest.raises(SettingError, match="MultiConnector"):
+        parse("--kv-offloading-size", "1", "--is-prefill-worker", lmcache="1")
+
+
 @pytest.mark.parametrize(
     ("argv", "lmcache", "expected"),
     [

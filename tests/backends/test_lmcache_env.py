@@ -39,6 +39,13 @@ def test_yaml_survives(tmp_path: Path) -> None:
     assert missing_defaults(env, OURS) == {}
 
 
+def test_a_servers_advice_on_the_chunk_size_is_not_outranked() -> None:
+    joined = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"}
+    both = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [joined]}}
+    for config in (joined, both):
+        assert missing_defaults({}, config) == {"LMCACHE_LOCAL_CPU": "True"}
+
+
 def test_yaml_and_the_engine_agree_on_the_chunk_size(tmp_path: Path) -> None:
     from lmcache_ext.config import load_config
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -79,3 +82,27 @@ def test_a_connector_that_moves_the_thread_is_undone(bindings: Any, monkeypatch:
         assert os.sched_getaffinity(0) == before
     finally:
         os.sched_setaffinity(0, before)
+
+
+DEAF = """
+import threading
+from dynamo_lmcache.vllm import nixl_cpu
+
+def listen():
+    raise OSError("Address already in use")
+
+nixl_cpu.register()
+ready = threading.Event()
+threading.Thread(target=listen, name="{name}").start()
+ready.wait({seconds})  # as vLLM's scheduler does, without a deadline
+print("still there")
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("nixl_handshake_listener", -signal.SIGTERM), ("another", 0)])
+def test_an_engine_whose_side_channel_has_died_ends(name: str, status: int) -> None:
+    source = DEAF.format(name=name, seconds="" if status else "1")
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("VLLM_NIXL_SIDE_CHANNEL_PORT" in done.stderr) is bool(status)
+    assert "Address already in use" in done.stderr

@@ -65,9 +65,29 @@ def test_no_flag_no_backend() -> None:
     assert settings.backend_from_argv(["--model", "m", "--discovery-backend"]) is None
 
 
+def nobody() -> str:
+    raise AssertionError("was asked")
+
+
+def test_nixl_tells_workers_elsewhere_where_this_one_is() -> None:
+    env = {"DYN_DISCOVERY_BACKEND": "etcd"}
+    settings.apply_worker_defaults(env)
+    settings.apply_nixl_defaults(env, on_cpu=False, own_address=lambda: "10.0.0.7")
+    assert env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.7"
+    env = {}
+    settings.apply_worker_defaults(env)
+    settings.apply_nixl_defaults(env, on_cpu=False, own_address=nobody)
+    assert env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+
+
+def test_an_address_that_is_none_is_not_told_to_others() -> None:
+    with pytest.raises(SettingError, match="VLLM_NIXL_SIDE_CHANNEL_HOST is not set"):
+        settings.apply_nixl_defaults({}, on_cpu=False, own_address=lambda: "0.0.0.0")
+
+
 def test_nixl_on_cpu_sleeps_on_loopback_and_on_a_port_of_its_own() -> None:
     env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
-    settings.apply_nixl_defaults(env, on_cpu=True)
+    settings.apply_nixl_defaults(env, on_cpu=True, own_address=nobody)
     assert env["LMCACHE_NIXL_SLEEP_US"] == "1000" and env["UCX_NET_DEVICES"] == "lo"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(env["VLLM_NIXL_SIDE_CHANNEL_PORT"])))
@@ -75,7 +95,7 @@ def test_nixl_on_cpu_sleeps_on_loopback_and_on_a_port_of_its_own() -> None:
 
 def test_nixl_on_gpu_keeps_its_polling_and_its_network() -> None:
     env = {"VLLM_NIXL_SIDE_CHANNEL_PORT": "5600", "VLLM_NIXL_SIDE_CHANNEL_HOST": "10.0.0.1"}
-    settings.apply_nixl_defaults(env, on_cpu=False)
+    settings.apply_nixl_defaults(env, on_cpu=False, own_address=nobody)
     assert env == {"VLLM_NIXL_SIDE_CHANNEL_PORT": "5600", "VLLM_NIXL_SIDE_CHANNEL_HOST": "10.0.0.1"}
 
 

@@ -79,7 +79,7 @@ async def test_counting_nests_and_survives_errors() -> None:
     with pytest.raises(ValueError), in_flight.track(), in_flight.track():
         assert len(in_flight) == 2
         raise ValueError
-    assert len(in_flight) == 0 and await in_flight.drained(0.1)
+    assert len(in_flight) == 0 and await in_flight.drained(0.0)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("0", 0.0), ("1.5", 1.5), ("-3", 0.0), ("soon", 5.0), ("", 5.0)])

@@ -18,7 +18,8 @@ import pytest
 from lmcache_ext.cli import doctor, machine, model, network, packages, services, settings
 from lmcache_ext.cli.finding import Level
 from lmcache_ext.cli.main import main
-from tests.launch.processes import free_port, listens
+from lmcache_ext.ports import free_port
+from tests.launch.processes import listens
 
 GIB = 1 << 30
 
@@ -242,6 +243,31 @@ def test_another_service_is_noticed(servers, listener):
     assert time.monotonic() - began < 4 * services.TIMEOUT_S
 
 
+def test_one_member_of_a_cluster_is_enough(servers):
+    both = f"http://127.0.0.1:{free_port()},http://127.0.0.1:{servers[0]}"
+    assert levels(discovery(*servers, ETCD_ENDPOINTS=both)) == ["warn", "ok", "ok"]
+    none = f"http://127.0.0.1:{free_port()},http://127.0.0.1:{free_port()}"
+    assert levels(discovery(*servers, ETCD_ENDPOINTS=none)) == ["fail", "fail", "ok"]
+
+
+def test_nats_with_a_login_is_there():
+    port = free_port()
+    command = ["nats-server", "--addr", "127.0.0.1", "--port", str(port), "--user", "u", "--pass", "secret"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            env = {"DYN_REQUEST_PLANE": "nats", "NATS_SERVER": f"nats://127.0.0.1:{port}"}
+            deadline = time.monotonic() + 15
+            while (found := list(services.check_discovery(env))[1]).level is Level.FAIL:
+                assert "refused" in found.text and time.monotonic() < deadline, found.text
+            assert found.level is Level.WARN and "NATS_AUTH" in found.advice
+        finally:
+            server.kill()
+
+
+def test_memory_is_no_discovery_between_processes():
+    assert levels(services.check_discovery({"DYN_DISCOVERY_BACKEND": "mem"})) == ["warn"]
+
+
 def test_etcd_alone_needs_no_nats(servers):
     assert levels(discovery(servers[0], 1, DYN_REQUEST_PLANE="tcp", DYN_EVENT_PLANE="zmq")) == ["ok"]
 
@@ -260,6 +286,17 @@ def model_folder(path: Path) -> Path:
 
 def test_a_complete_model_folder_is_ok(tmp_path):
     assert only(model.check_model({"MODEL": str(model_folder(tmp_path))})).level is Level.OK
+
+
+def test_a_model_in_one_file_is_ok(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"x")
+    assert only(model.check_model({"MODEL": str(file)})).level is Level.OK
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/llama", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M"])
+def test_a_model_that_only_vllm_can_find_is_no_failure(name):
+    assert only(model.check_model({"MODEL": name})).level is Level.WARN
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./absent", "a/b/c"])

@@ -60,11 +60,11 @@ def test_blending_may_be_said_to_be_off(value: str) -> None:
 def test_unknown_keys_warn_and_known_ones_of_upstream_say_so(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("lmcache_ext").propagate = True
     with caplog.at_level(logging.WARNING):
-        load_config({"lmcache.colour": "red"}, {"LMCACHE_REMOTE_URL": "redis://x", "LMCACHE_NIXL_ROLE": "sender"})
+        load_config({"lmcache.colour": "red"}, {"LMCACHE_P2P_HOST": "x", "LMCACHE_CONTROLLER_URL": "y"})
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "lmcache.colour" in said and "not a setting" in said
-    assert "LMCACHE_REMOTE_URL=redis://x" in said and "has no effect" in said
-    assert "LMCACHE_NIXL_ROLE=sender" in said  # upstream's alias of pd_role
+    assert "LMCACHE_P2P_HOST=x" in said and "has no effect" in said
+    assert "LMCACHE_CONTROLLER_URL=y" in said  # upstream's alias of controller_pull_url
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+
+from lmcache_ext.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_NAME = "e2e-model"
@@ -34,15 +34,6 @@ WORKER_FLAGS = (
     # A tiny model would fill its answers with the white space that JSON allows.
     *("--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})),
 )
-
-
-def free_port() -> int:
-    """A port that was free a moment ago, below 32768: Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number."""
-    for port in random.sample(range(20000, 32000), 50):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:

@@ -24,7 +24,7 @@ WITHOUT_CACHE = {"ENABLE_LMCACHE": "0"}
 def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server, Server]]:
     """(one that waits for requests when it ends, one that does not, one to lose its engine), started at once."""
     patient = {**WITHOUT_CACHE, "DYN_VLLM_DRAIN_TIMEOUT_S": "100"}
-    hasty = {**WITHOUT_CACHE, "DYN_VLLM_DRAIN_TIMEOUT_S": "0"}
+    hasty = {**WITHOUT_CACHE, "DYN_VLLM_DRAIN_TIMEOUT_S": "0", "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0"}
     kinds = ((patient, []), (hasty, ["--no-warmup"]), (WITHOUT_CACHE, ["--no-warmup"]))
     contexts = [serving(tmp_path_factory.mktemp("server"), model, flags=flags, env=env) for env, flags in kinds]
     with ExitStack() as stack, ThreadPoolExecutor(len(contexts)) as pool:
@@ -68,11 +68,13 @@ def test_an_answer_that_a_shutdown_cuts_is_no_complete_answer(servers: tuple[Ser
         stream = client.completions.create(
             model=MODEL_NAME, prompt="abc", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
         )
+        reasons: list[str | None] = []
         with stream, pytest.raises(openai.APIError):
             next(iter(stream))
             server.signal("worker")
-            for _ in stream:
-                pass
+            reasons.extend(chunk.choices[0].finish_reason for chunk in stream if chunk.choices)
+            pytest.fail(f"{len(reasons)} more chunks, then {reasons[-1:]}:\n{server.log('worker')[-3000:]}")
+        assert not any(reasons)
         assert server.processes["worker"].wait(timeout=60) == 0
 
 

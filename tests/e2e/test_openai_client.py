@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import openai
@@ -63,6 +64,13 @@ def test_streaming_gives_the_same_text(client: OpenAI) -> None:
     assert text == whole
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 0
     assert len(chunks) > 2
+
+
+def test_a_stream_flows_while_the_engine_is_busy(client: OpenAI) -> None:
+    began = time.monotonic()
+    with complete(client, max_tokens=1500, stream=True, extra_body={"ignore_eos": True}) as stream:
+        times = [time.monotonic() - began for _ in stream]
+    assert times[0] < times[-1] / 4 and times[len(times) // 2] < 0.8 * times[-1], times[:: len(times) // 10]
 
 
 def test_logprobs(client: OpenAI) -> None:

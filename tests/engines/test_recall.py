@@ -6,24 +6,17 @@ request the share of right answers must stay; with flipped bytes it must fall to
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from launch.demo_model import recall
 from tests.engines import engines
 from tests.engines.engines import BLOCK, CHUNK, ask, counter
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-
-_spec = importlib.util.spec_from_file_location("recall", engines.MODEL / "recall.py")
-assert _spec is not None and _spec.loader is not None
-recall = importlib.util.module_from_spec(_spec)
-sys.modules["recall"] = recall
-_spec.loader.exec_module(recall)
 
 CONTEXTS, QUERIES, TOKENS = 10, 20, 512
 

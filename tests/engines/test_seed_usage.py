@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,18 +18,13 @@ from typing import Any
 
 import pytest
 
+from lmcache_ext.ports import free_port
 from tests.engines import engines
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
 CPU_FLAGS = ("--block-size", "32", "--max-model-len", "2048", "--enforce-eager", "--dtype", "float32")
 PROMPT = "".join(random.Random(5).choices("abcdefghijklmnopqrstuvwxyz", k=700))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def get(url: str, body: Any = None) -> str:

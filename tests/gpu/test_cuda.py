@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from lmcache_ext.transfer import HostPool, PageTable, Plan, Result, cuda, growth, open_transfer  # noqa: E402 - as above
 from lmcache_ext.transfer.base import Way  # noqa: E402 - needs a GPU
 from lmcache_ext.transfer.cuda import CudaTransfer  # noqa: E402 - needs a GPU
-from lmcache_ext.transfer.pool import Shape  # noqa: E402 - needs a GPU
+from lmcache_ext.transfer.pool import Growth, Shape  # noqa: E402 - needs a GPU
 
 Parts = tuple[dict[str, torch.Tensor], HostPool, CudaTransfer]
 LAYERS, BLOCKS, BPC, SLOTS = 4, 300, 16, 24
@@ -188,6 +188,7 @@ def test_a_graph_is_captured_while_the_pool_grows() -> None:
     x = torch.ones(1024, 1024, device="cuda")
     torch.matmul(x, x)
     transfer = open_transfer(pages, pool, 5.0)
+    Growth(pool.path, pool.shape, 1).serve()
     captures = 0
     while pool.grown < slots:
         graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,6 @@
 """vLLM's real Scheduler and our real connector, around a model whose KV says what it stands for.
 
-The KV of token p in layer l on rank r is a digest of (tokens[:p+1], salt, LoRA, l, r). So before every forward each
+The KV of token p in layer l of head h is a digest of (tokens[:p+1], salt, LoRA, l, h). So before every forward each
 page that vLLM believes to be computed can be checked, byte by byte, against what it must hold: a wrong page is found in
 the step that would have read it, whatever brought it about. Sampling is a digest of the tokens, too.
 
@@ -40,8 +40,7 @@ from lmcache_ext.integration.vllm import LMCacheConnectorV1
 
 BLOCK = 32
 LAYERS = 2
-HEADS = 1
-WIDTH = 8  # bytes of a token's KV in a layer
+WIDTH = 8  # bytes of a token's KV in a layer and head
 MODEL = Path(__file__).parent / "tiny_model"
 EOS = 2
 
@@ -54,6 +53,7 @@ class Setup:
     chunk: int = 64
     slots: int = 64
     ranks: int = 1
+    heads: int = 1  # of KV, on each rank
     caching: bool = True
     budget: int = 256  # tokens a step
     seqs: int = 8
@@ -63,6 +63,8 @@ class Setup:
     events: bool = False
     max_len: int = 1024
     mla: bool = False  # every rank holds the same bytes
+    connector: str = "LMCacheConnectorV1"
+    step_seconds: float = 0.0  # that a step takes at least
 
 
 def _accepted(cls: Any, **values: Any) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
     """As vLLM's own entry points build it."""
     extra = {"lmcache.chunk_size": setup.chunk, "lmcache.max_local_cpu_size": _pool_gb(setup), **setup.extra}
     ours = {
-        "kv_connector": "LMCacheConnectorV1",
+        "kv_connector": setup.connector,
         "kv_role": setup.role,
         "kv_connector_module_path": "lmcache_ext.integration.vllm",
         "kv_connector_extra_config": extra,
@@ -104,6 +106,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
         enable_prefix_caching=setup.caching,
         enforce_eager=True,
         tensor_parallel_size=setup.ranks,
+        hf_overrides={"num_key_value_heads": setup.heads * (1 if setup.mla else setup.ranks)},
         kv_transfer_config=ktc,
         **extra_args,
     )
@@ -113,11 +116,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
 
 
 def _pool_gb(setup: Setup) -> float:
-    return (setup.slots + 0.5) * (setup.chunk // BLOCK) * LAYERS * _page_bytes() / (1 << 30)
-
-
-def _page_bytes() -> int:
-    return BLOCK * HEADS * WIDTH
+    return (setup.slots + 0.5) * (setup.chunk // BLOCK) * LAYERS * setup.heads * BLOCK * WIDTH / (1 << 30)
 
 
 def kv_cache_config(setup: Setup) -> KVCacheConfig:
@@ -125,7 +124,7 @@ def kv_cache_config(setup: Setup) -> KVCacheConfig:
     cls = MLAAttentionSpec if setup.mla else FullAttentionSpec
     spec = cls(
         **_accepted(
-            cls, block_size=BLOCK, num_kv_heads=HEADS, dtype=torch.int8,
+            cls, block_size=BLOCK, num_kv_heads=setup.heads, dtype=torch.int8,
             head_size=WIDTH if setup.mla else WIDTH // 2,
         )
     )  # fmt: skip
@@ -146,7 +145,7 @@ class Rank:
         config = copy.copy(config)
         config.parallel_config = copy.copy(config.parallel_config)
         config.parallel_config.rank = rank
-        self.kv = torch.zeros(LAYERS, setup.blocks, HEADS, BLOCK, WIDTH, dtype=torch.int8)
+        self.kv = torch.zeros(LAYERS, setup.blocks, setup.heads, BLOCK, WIDTH, dtype=torch.int8)
         self.connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv)
         self.connector.register_kv_caches({f"layer{i}": self.kv[i] for i in range(LAYERS)})
         self.bytes = self.kv.numpy().view(np.uint8)
@@ -216,7 +215,7 @@ class Engine:
     @property
     def side(self) -> Any:
         """Our scheduler half."""
-        return self.connector._impl._scheduler
+        return self.connector._impl.scheduler
 
     def total(self, name: str) -> int:
         """A counter's or gauge's value so far."""
@@ -279,6 +278,7 @@ class Engine:
         assert self.side.directory.check() == []
         assert self.side.directory.leases == 0
         assert self.side.pins.count == 0
+        assert not self.side.flights.loading
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.setup.blocks - 1
         for rank in self.ranks:
@@ -292,13 +292,21 @@ class Engine:
 
     def step(self) -> None:
         """One engine step."""
-        self.steps += 1
         output = self.scheduler.schedule()
+        time.sleep(self.setup.step_seconds)
+        self.carry_out(output)
+
+    def carry_out(self, output: Any) -> None:
+        """What the workers do in the step that was scheduled, and what the scheduler makes of it."""
+        self.steps += 1
         self.preemptions += len(output.preempted_req_ids or ())
         self._follow(output)
+        self._require_same_tables(output)
         for rank in self.ranks:
             rank.begin(output)
-        computed = self._computed(output)
+        # What was aborted meanwhile is not looked at: nobody reads what the workers compute of it.
+        live = self.scheduler.requests
+        computed = {request_id: span for request_id, span in self._computed(output).items() if request_id in live}
         bad: dict[str, str] = {}
         for rank in self.ranks:
             for request_id, (done, count) in computed.items():
@@ -331,6 +339,13 @@ class Engine:
             elif blocks:
                 self._tables[request_id] += blocks[0]
 
+    def _require_same_tables(self, output: Any) -> None:
+        """The connector stores from the blocks that it believes a request to have."""
+        for request_id in output.num_scheduled_tokens:
+            tracker = self.side._trackers.get(request_id)
+            if tracker is not None and tracker.blocks != self._tables[request_id]:
+                self.wrong.append(f"step {self.steps}: {request_id} is believed to have other blocks than it has")
+
     def _computed(self, output: Any) -> dict[str, tuple[int, int]]:
         """request → (tokens that have KV, tokens to compute now), in the order in which vLLM scheduled them: a request
         may share blocks that an earlier one computes in the same step, layer by layer."""
@@ -344,14 +359,18 @@ class Engine:
         return result
 
     def _expected(self, rank: int, request_id: str, end: int) -> np.ndarray:
-        """[LAYERS, end, WIDTH] what KV must say."""
+        """[LAYERS, end, heads x WIDTH] what KV must say."""
+        first = 0 if self.setup.mla else rank * self.setup.heads
+        heads = range(first, first + self.setup.heads)
+        return np.concatenate([self._expected_of(head, request_id, end) for head in heads], axis=2)
+
+    def _expected_of(self, head: int, request_id: str, end: int) -> np.ndarray:
         request = self.scheduler.requests[request_id]
-        rank = 0 if self.setup.mla else rank
-        if (request_id, rank) not in self._truth:
+        if (request_id, head) not in self._truth:
             name = request.lora_request.lora_name if request.lora_request else ""
-            state = blake3(f"{request.cache_salt}|{name}|{rank}".encode())
-            self._truth[request_id, rank] = (state, np.empty((LAYERS, 4096, WIDTH), dtype=np.uint8), [])
-        state, rows, seen = self._truth[request_id, rank]
+            state = blake3(f"{request.cache_salt}|{name}|{head}".encode())
+            self._truth[request_id, head] = (state, np.empty((LAYERS, 4096, WIDTH), dtype=np.uint8), [])
+        state, rows, seen = self._truth[request_id, head]
         for p in range(len(seen), end):
             seen.append(request.all_token_ids[p])
             state.update(seen[p].to_bytes(4, "little"))
@@ -361,8 +380,8 @@ class Engine:
 
     def _read(self, rank: Rank, request_id: str, end: int) -> np.ndarray:
         table = self._tables[request_id][: -(-end // BLOCK)]
-        pages = rank.bytes[:, table, 0]  # [LAYERS, blocks, BLOCK, WIDTH]
-        return pages.reshape(LAYERS, -1, WIDTH)[:, :end]
+        pages = rank.bytes[:, table].swapaxes(2, 3)  # [LAYERS, blocks, BLOCK, heads, WIDTH]
+        return pages.reshape(LAYERS, len(table) * BLOCK, self.setup.heads * WIDTH)[:, :end]
 
     def _is_bad(self, rank: Rank, request_id: str, done: int) -> bool:
         return not np.array_equal(self._read(rank, request_id, done), self._expected(rank.rank, request_id, done))
@@ -378,7 +397,8 @@ class Engine:
         rows = self._expected(rank.rank, request_id, known)
         for p in range(done, known):
             block = self._tables[request_id][p // BLOCK]
-            rank.bytes[:, block, 0, p % BLOCK] = 0xEE if garbage else rows[:, p]
+            kv = rank.bytes[:, block, :, p % BLOCK]
+            kv[:] = 0xEE if garbage else rows[:, p].reshape(kv.shape)
 
     def _runner_output(self, output: Any, kv: KVConnectorOutput, computed: dict[str, tuple[int, int]]) -> Any:
         ids = list(computed)

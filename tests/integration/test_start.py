@@ -63,7 +63,7 @@ def test_a_scheduler_that_finds_no_pool_serves_without_caching(caplog: pytest.Lo
     logging.getLogger("vllm").propagate = True
     with harness_pool(Setup()):
         made = connector(Setup(), SCHEDULER)
-    assert made._impl._scheduler.directory.capacity == 0
+    assert made._impl.scheduler.directory.capacity == 0
     assert any("nothing will be cached" in record.getMessage() for record in caplog.records)
 
 
@@ -100,11 +100,32 @@ def test_hybrid_models_are_served_without_caching(caplog: pytest.LogCaptureFixtu
     assert not side.has_pending_push_work() and list(side.take_events()) == []
 
 
-def test_a_cache_server_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("port", "many"), ("port", 0), ("host", "tcp://10.0.0.7"), ("autostart", "yes"), ("autostart.flags", ""),
+        ("autostart.wait_timeout", -1), ("mp_transfer_mode", "lmcache_driven"), ("hash_algorithm", "sha256"),
+        ("server_urls", ["tcp://127.0.0.1:1", "tcp://127.0.0.1:2"]), ("lazy_offload", True), ("hosts", "localhost"),
+        ("save_decode_cache", 1),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_of_the_cache_server_is_refused_by_name(key: str, value: object) -> None:
     setup = Setup()
     config = harness.vllm_config(setup)
-    config.kv_transfer_config.kv_connector_extra_config["lmcache.mp.port"] = 5555
-    with pytest.raises(ConfigError, match=r"lmcache\.mp\.port"):
+    extra = {"lmcache.mp.host": "tcp://localhost", f"lmcache.mp.{key}": value}
+    config.kv_transfer_config.kv_connector_extra_config.update(extra)
+    with pytest.raises(ConfigError, match=rf"lmcache\.mp\.{key}"):
+        ours.LMCacheMPConnector(config, WORKER, harness.kv_cache_config(setup))
+
+
+def test_a_hand_over_at_a_cache_server_is_refused() -> None:
+    setup = Setup()
+    config = harness.vllm_config(setup)
+    config.kv_transfer_config.kv_connector_extra_config |= {
+        "lmcache.mp.host": "tcp://localhost", "lmcache.enable_pd": True, "lmcache.pd_role": "sender",
+        "lmcache.pd_skip_proxy_notification": True,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"enable_pd.*cache server"):
         ours.LMCacheMPConnector(config, WORKER, harness.kv_cache_config(setup))
 
 

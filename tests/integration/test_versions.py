@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.scenarios import ALL
+from tests.integration.__main__ import ALL
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("VLLM_VERSIONS_DIR") or ROOT / ".cache" / "vllm")
@@ -36,7 +36,7 @@ def run(version: str) -> subprocess.CompletedProcess[str]:
     """All scenarios in a process of its own."""
     env = {**os.environ, "PYTHONPATH": f"{installed(version)}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "tests.integration.scenarios"],
+        [sys.executable, "-m", "tests.integration"],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=_RUN_SECONDS,
     )  # fmt: skip
 

@@ -50,6 +50,21 @@ def test_partial_chunks_have_keys_of_their_own() -> None:
         chain.partial(t, 512)
 
 
+@pytest.mark.parametrize(("end", "step", "ends"), [
+    (300, 16, (288, 272)),
+    (259, 1, (259, 258, 257)),
+    (511, 64, (448, 384, 320)),
+    (512, 128, (384,)),
+    (257, 16, ()),
+    (20, 16, (16,)),
+])  # fmt: skip
+def test_tails_are_the_partial_chunks_behind_the_last_full_one(end: int, step: int, ends: tuple[int, ...]) -> None:
+    t = tokens(1, 1024)
+    chain = Chain(ROOT, 256, lambda start, stop: f"{start},{stop}".encode())
+    assert chain.tails(t, end, step) == [(stop, chain.partial(t, stop)) for stop in ends]
+    assert chain.tails(t, 700, 32)[0] == (672, chain.partial(t, 672)), "not the answer to another question"
+
+
 def test_a_short_first_chunk_never_equals_a_full_one_of_a_smaller_chunk_size() -> None:
     t = tokens(1, 256)
     assert Chain(ROOT, 128).extend(t, 128)[0] == Chain(ROOT, 256).partial(t, 128)  # same tokens, same root: same bytes

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import signal
 import socket
 from pathlib import Path
-
-
-def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago, and that Dynamo can read as a system port: below 32768."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", random.randrange(20000, 32768)))
-            return int(probe.getsockname()[1])
 
 
 def listens(port: int) -> bool:

@@ -84,12 +84,12 @@ class Frontend:
             assert time.monotonic() < deadline, self.log.read_text()[-4000:]
             time.sleep(0.2)
 
-    def seen(self) -> list[int]:
+    def seen(self, where: str = "host_pinned_blocks") -> list[int]:
         """For each routed request so far, in blocks: what the router saw in the chosen worker's host memory beyond
-        what it saw on its GPU."""
+        what it saw on its GPU; or beyond both, in `disk_blocks`."""
         lines = [line for line in self.log.read_text().splitlines() if "Selected worker" in line]
         plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
-        return [int(re.search(r"host_pinned_blocks=(\d+)", line)[1]) for line in plain]  # type: ignore[index]
+        return [int(re.search(rf"{where}=(\d+)", line)[1]) for line in plain]  # type: ignore[index]
 
 
 @contextlib.contextmanager

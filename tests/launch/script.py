@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from tests.launch.processes import free_port, heed_sigint, running_with
+from lmcache_ext.ports import free_port
+from tests.launch.processes import heed_sigint, running_with
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 600  # alone a worker takes 40 to 100 s; vLLM compiles, and a busy machine compiles slowly

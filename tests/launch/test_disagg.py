@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import free_port, listens
+from lmcache_ext.ports import free_port
+from tests.launch.processes import listens
 from tests.launch.routing import TOKENS, Frontend, prompt
 from tests.launch.script import START_S, STOP_S, Script, serving
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.processes import free_port, running_with
+from lmcache_ext.ports import free_port
+from tests.launch.processes import running_with
 from tests.launch.routing import BLOCKS, TOKENS, Frontend, get, post, prompt, running, until
 from tests.launch.script import START_S, STOP_S, Script, serving
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(2 * START_S + STOP_S + 120
 HITS, EVICTED = "lmcache:num_hit_tokens_total", "lmcache:local_cpu_evict_keys_count_total"
 POOL_GB, CHUNKS = "0.006", 98  # of 64 tokens
 FORGET_S = 30  # files tell of a dead worker after 10 s
-SETTLE_S = 1  # from an engine's step to the router's index
+SETTLE_S = 2  # from an engine's step to the router's index
 
 
 class Deployment:

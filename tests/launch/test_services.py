@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import free_port, listens, running_with
+from lmcache_ext.ports import free_port
+from tests.launch.processes import listens, running_with
 from tests.launch.routing import BLOCKS, TOKENS, Frontend, post, prompt, until
 from tests.launch.script import START_S, STOP_S, Script, serving
 

@@ -120,7 +120,7 @@ def test_from_nothing_then_nothing_to_do(copy):
     assert [copy.version_of(name) for name in ("thing", "tool", "lmcache_ext")] == ["1.0", "2.0", "ours"]
     begin = time.monotonic()
     assert copy.run() == (0, "")
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
 
 
 def test_a_new_lock_is_installed_and_what_it_no_longer_names_goes(copy):

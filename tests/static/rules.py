@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("lmcache_ext", "backends", "components")
 
-LEAVES = {"keys", "config", "events", "metrics", "errors", "registry"}
+LEAVES = {"keys", "config", "events", "metrics", "errors", "registry", "native", "processes", "sleepy"}
+LEAVES |= {"telemetry", "tracing"}
 CORE = {"engine", "transfer", "tiers", "policies"}
 PROCESSES = {"pd", "server", "cli"}
 # Who may import whom inside lmcache_ext: a part sees its own row and the rows below.

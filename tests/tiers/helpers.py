@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,9 +14,15 @@ from lmcache_ext.tiers import Faults, Faulty, Found, JobResult, Medium, Options,
 from lmcache_ext.tiers.disk import Disk
 from lmcache_ext.tiers.example import Example
 from lmcache_ext.tiers.fake import Fake
+from lmcache_ext.tiers.fs import Share
 from lmcache_ext.tiers.header import BLOCK, encode
+from lmcache_ext.tiers.nixl_storage import NixlStorage
+from tests.tiers import s3_server
 
-KINDS = ("example", "fake", "disk", "disk-buffered", "two-disks")
+KINDS = (
+    "example", "fake", "disk", "disk-buffered", "two-disks", "unindexed", "redis", "mooncake", "fs", "nixl", "s3",
+    "aesgcm",
+)  # fmt: skip
 PART = 8192  # bytes of each part of a test's chunk, unless it says otherwise
 WHOLE = BLOCK + 2 * PART  # bytes of such an object
 
@@ -52,8 +58,58 @@ def header_of(k: bytes, parts: Parts, expires: float = 0.0) -> memoryview:
     return block
 
 
+def options_of(kind: str, folder: Path) -> dict[str, Any]:
+    """What tiers of a kind need beside their medium."""
+    if kind != "aesgcm":
+        return {}
+    folder.mkdir(exist_ok=True)
+    secret = folder / "secret"
+    secret.write_text("5a" * 32)
+    return {"serde": "aesgcm", "serde_key_file": str(secret)}
+
+
+def as_stored(tier: Runner, i: int) -> list[memoryview]:
+    """The parts that `tier` would hand to its medium for chunk `i`."""
+    return [memory_with(part) for part in tier.serde.encode(key(i), chunk(i))]
+
+
+def memory_with(part: memoryview) -> memoryview:
+    (copy,) = memory(part.nbytes)
+    copy[:] = part
+    return copy
+
+
+def whole(tier: Runner) -> int:
+    """Bytes of an object of a test's chunk."""
+    return BLOCK + tier.serde.nbytes(chunk(0))
+
+
+class Unindexed(Example):
+    """As a server that others use, too, and that bounds itself."""
+
+    shared = True
+    bounded = True
+    batch = 3
+
+
 def medium_of(kind: str, folder: Path) -> Medium:
-    if kind == "example":
+    if kind == "fs":
+        return Share([folder], shared=True)
+    if kind == "nixl":
+        return NixlStorage("POSIX", [folder])
+    if kind == "s3":
+        return s3_server.common().medium(str(folder))
+    if kind == "mooncake":
+        from tests.tiers.mooncake_server import medium_with_kept_client
+
+        return medium_with_kept_client()
+    if kind == "unindexed":
+        return Unindexed()
+    if kind == "redis":
+        from tests.tiers.redis_servers import clean_redis
+
+        return clean_redis()
+    if kind in ("example", "aesgcm"):
         return Example()
     if kind == "fake":
         return Fake(latency=0.0005)
@@ -67,16 +123,16 @@ class Gauge(Medium):
     def __init__(self, inner: Medium) -> None:
         self.inner = inner
         self.lasting = inner.lasting
-        self.shared = inner.shared
-        self.sizes: dict[bytes, int] = {}
+        self.shared, self.bounded, self.batch = inner.shared, inner.bounded, inner.batch
+        self.footprints: dict[bytes, int] = {}
         self.now = self.peak = 0
         self.lock = threading.Lock()
 
     def _count(self, k: bytes, size: int) -> None:
         with self.lock:
-            self.now += size - self.sizes.pop(k, 0)
+            self.now += size - self.footprints.pop(k, 0)
             if size:
-                self.sizes[k] = size
+                self.footprints[k] = size
             self.peak = max(self.peak, self.now)
 
     def open(self) -> None:
@@ -101,6 +157,9 @@ class Gauge(Medium):
 
     def size(self, k: bytes) -> int | None:
         return self.inner.size(k)
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        return self.inner.sizes(keys)
 
     def remove(self, k: bytes) -> None:
         self.inner.remove(k)

@@ -330,8 +330,7 @@ def test_a_folder_that_was_emptied_fills_again(tmp_path: Path) -> None:
         subprocess.run(f"rm -rf {tmp_path}/*", shell=True, timeout=10, check=True)
         assert load(tier, 1) is Outcome.MISS
         until(lambda: store(tier, 4) is Outcome.OK)
-        until(lambda: found(tier, 1, 2, 3, 4) == [False, False, False, True])
-        assert tier.counts().used == WHOLE
+        until(lambda: found(tier, 1, 2, 3, 4) == [False, False, False, True] and tier.counts().used == WHOLE)
 
 
 # -- several engines on one folder ------------------------------------------------------------------------------------
@@ -385,9 +384,11 @@ def test_bytes_on_the_disk_never_exceed_the_capacity(tmp_path: Path) -> None:
         for i in range(200):
             tier.submit_store([key(i)], [chunk(i)])
         until(lambda: tier.wait(0.01) and (tier.poll(), tier.counts().of(Kind.STORE) == 200)[1], 30)
+        until(lambda: peak[0] > 10 * WHOLE)  # on a busy machine it may not have looked yet
         done.set()
         looking.join(10)
-        assert 10 * WHOLE < peak[0] <= capacity
+        assert 10 * WHOLE < peak[0] <= capacity + 4 * WHOLE  # a walk is no snapshot: it may see one come and one go
+        assert bytes_in(tmp_path) <= capacity
         assert tier.counts().evicted > 150
 
 
@@ -406,7 +407,7 @@ def test_many_objects_hold_nobody_up(tmp_path: Path) -> None:
     began = time.monotonic()
     tier = Runner(Disk([tmp_path]), Options(), "test")
     result = end(tier, tier.lookup([keys[-1], key(1)], timeout=5))
-    assert result.ok == [True, False] and time.monotonic() - began < 1 and not tier.scanned
+    assert result.ok == [True, False] and time.monotonic() - began < 3 and not tier.scanned
     until(lambda: tier.scanned, 20)
     assert tier.counts().objects == count and tier.counts().used == count * BLOCK
     assert end(tier, tier.lookup(keys)).leading == count

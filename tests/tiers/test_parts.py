@@ -137,6 +137,26 @@ def test_what_a_scan_finds_is_evicted_by_age_and_what_was_used_meanwhile_last() 
     assert index.check() == []
 
 
+def test_uses_while_a_scan_runs_are_remembered_once_for_each_object() -> None:
+    """A bucket that may be read and not listed is scanned for ever."""
+    index = Index(LRU(), None)
+    index.begin_scan()
+    for i in (1, 2, 3):
+        index.adopt(key(i), 10, float(i), 0)
+    for _ in range(1000):
+        for i in (3, 1):
+            assert index.pin(key(i), 0) is Outcome.OK
+            index.unpin(key(i))
+    assert list(index._touched) == [key(3), key(1)]
+    index.find([key(3)], 0, touch=True)
+    assert index.leave(key(1)) is True and list(index._touched) == [key(3)]
+    index.gone(key(1))
+    assert index.check() == []
+    index.settle()
+    assert list(index._policy.victims()) == [key(2), key(3)] and not index._touched
+    assert index.check() == []
+
+
 def test_more_than_may_be_there_leaves() -> None:
     index = Index(LRU(), 25)
     for i in range(5):

@@ -12,7 +12,7 @@ import pytest
 
 from lmcache_ext.transfer import HostPool, growth
 from lmcache_ext.transfer.growth import PoolGrowth, slots_per_piece
-from lmcache_ext.transfer.pool import Shape
+from lmcache_ext.transfer.pool import Growth, Shape
 
 
 def nothing(*_: int) -> None:
@@ -63,7 +63,9 @@ def test_stays_as_large_as_it_got(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
     with caplog.at_level(logging.ERROR):
         grower = PoolGrowth(pool, pin, nothing, slots_per_piece(shape))
+        assert not grower.stopped
         until(lambda: bool(caplog.records))
+        assert grower.stopped
     assert len(grower.close(5)) == 3
     assert pool.grown == 12
     assert "12 of 40" in caplog.text and "RLIMIT_MEMLOCK" in caplog.text
@@ -87,6 +89,7 @@ def test_leaves_memory_to_others_and_goes_on_when_there_is_some(
         until(lambda: pool.grown == 40)
     grower.close(5)
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) <= 2  # said once, or by two at once
+    assert grower.stopped
     assert "1025 MiB of memory are left" in caplog.text
 
 
@@ -102,6 +105,26 @@ def test_the_others_follow_the_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     until(lambda: follower.grown == 4)
     pool.grown = 8
     until(lambda: follower.grown == 8)
+    grower.close(5)
+
+
+@pytest.mark.parametrize("said", ["by the scheduler", "by a step"])
+def test_most_of_it_waits_until_the_engine_has_started(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(growth, "_PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(growth, "_START_BYTES", 3 << 20)
+    shape = Shape(40, 2, 128 << 10)
+    pool = HostPool.create(shape, "test")
+    grower = PoolGrowth(pool, nothing, nothing, slots_per_piece(shape))
+    until(lambda: pool.grown == 12)
+    time.sleep(0.05)
+    assert pool.grown == 12
+    if said == "by a step":
+        grower.beat()
+    else:
+        scheduler = Growth(pool.path, shape, 1)
+        assert scheduler.slots() == 12
+        scheduler.serve()
+    until(lambda: pool.grown == 40)
     grower.close(5)
 
 

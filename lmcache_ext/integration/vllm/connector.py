@@ -14,9 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from lmcache_ext.errors import ConfigError
 from lmcache_ext.integration.vllm.impl import LMCacheConnectorV1Impl
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
+from lmcache_ext.integration.vllm.mp import Joining
 from lmcache_ext.integration.vllm.plugin import registered
 from lmcache_ext.integration.vllm.policy import watch_multi_connector
 from lmcache_ext.integration.vllm.stats import LMCachePromMetrics, LMCacheStats
@@ -29,7 +29,11 @@ class LMCacheConnectorV1(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._impl = LMCacheConnectorV1Impl(vllm_config, role, self)
+        self._impl = LMCacheConnectorV1Impl(vllm_config, role, self, self._joining(vllm_config))
+
+    def _joining(self, vllm_config: VllmConfig) -> Joining | None:
+        """The cache server to join; none: the cache is in vLLM's own processes."""
+        return None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -142,15 +146,12 @@ class LMCacheConnectorV1Dynamic(LMCacheConnectorV1):
 
 
 class LMCacheMPConnector(LMCacheConnectorV1):
-    """The name that `--kv-offloading-backend lmcache` asks for. The engine is embedded: there is no server to join.
+    """Joins the cache server that `lmcache.mp.host` and `lmcache.mp.port` name. Without any of these keys, as with
+    `--kv-offloading-backend lmcache`, it is `LMCacheConnectorV1`.
 
     Raises:
-        ConfigError: `lmcache.mp.host` or `lmcache.mp.port` names a server.
+        ConfigError: a key `lmcache.mp.*` is wrong.
     """
 
-    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
-        for name in ("lmcache.mp.host", "lmcache.mp.port", "lmcache.mp.server_urls"):
-            if name in extra:
-                raise ConfigError(name, extra[name], "a shared cache server does not exist here yet; leave it out")
-        super().__init__(vllm_config, role, kv_cache_config)
+    def _joining(self, vllm_config: VllmConfig) -> Joining | None:
+        return Joining.of(vllm_config.kv_transfer_config.kv_connector_extra_config or {})

@@ -6,52 +6,43 @@ logged miss. After `_MAX_FAULTS` of them the cache is switched off, loudly, and 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from lmcache_ext.config import GIB, default_pool_gb, load_config, require_pool_fits
-from lmcache_ext.errors import ConfigError
+from lmcache_ext.config import GIB, default_pool_gb, handover, load_config, pool_gb, require_pool_fits
+from lmcache_ext.engine import Below, Directory, Lower, Shelf, open_levels
+from lmcache_ext.errors import ConfigError, LMCacheError
+from lmcache_ext.integration.vllm.events import Stream
+from lmcache_ext.integration.vllm.guard import guarded
 from lmcache_ext.integration.vllm.log import get_logger, show_core_logs
 from lmcache_ext.integration.vllm.metadata import Report, StepMeta
-from lmcache_ext.integration.vllm.model import Model, namespace, unsupported
+from lmcache_ext.integration.vllm.model import Model, Names, kv_dtype, namespace, unsupported
+from lmcache_ext.integration.vllm.mp import Joining, open_client
+from lmcache_ext.integration.vllm.pace import Pace
+from lmcache_ext.integration.vllm.pd import division, open_handover
 from lmcache_ext.integration.vllm.policy import recompute_on_failure
 from lmcache_ext.integration.vllm.scheduler import SchedulerSide
+from lmcache_ext.integration.vllm.seat import Seat
 from lmcache_ext.integration.vllm.turns import take_turns_sooner
 from lmcache_ext.integration.vllm.worker import WorkerSide, rank_of
-from lmcache_ext.transfer import Growth, rendezvous
+from lmcache_ext.keys import fresh
+from lmcache_ext.metrics import Recorder
+from lmcache_ext.server.client import Spec
+from lmcache_ext.telemetry import Telemetry, open_telemetry
+from lmcache_ext.tiers import Parts
+from lmcache_ext.tracing import Spans, start_spans
+from lmcache_ext.transfer import Growth, HostPool, rendezvous
 
 logger = get_logger("connector")
 
 POOL_SETTING = "LMCACHE_MAX_LOCAL_CPU_SIZE"
 _FIND_SECONDS = 30.0  # the workers published before vLLM built its scheduler
+_JOIN_SECONDS = 1.0
 _MAX_FAULTS = 20
-
-R = TypeVar("R")
-Hook = Callable[..., R]
-
-
-def guarded(miss: Callable[[], R]) -> Callable[[Hook[R]], Hook[R]]:
-    """Decorator for scheduler-side hooks: on any fault log it, count it, and answer `miss()`."""
-
-    def wrap(hook: Hook[R]) -> Hook[R]:
-        @functools.wraps(hook)
-        def call(self: LMCacheConnectorV1Impl, *args: Any) -> R:
-            if self._scheduler is None:
-                return miss()
-            try:
-                return hook(self, *args)
-            except Exception:
-                self._faulted(hook.__name__)
-                return miss()
-
-        return call
-
-    return wrap
 
 
 def _nothing() -> tuple[int | None, bool]:
@@ -69,20 +60,24 @@ class LMCacheConnectorV1Impl:
         vllm_config: vLLM's configuration; `kv_transfer_config` holds our settings under `lmcache.*`.
         role: SCHEDULER or WORKER.
         parent: the connector class that delegates to us; knows the KV cache's configuration.
+        joining: the cache server that holds the chunks; None: we do.
 
     Raises:
         ConfigError: a setting is wrong; the message names it.
         LayoutError: at `register_kv_caches`, for a KV layout that we do not know.
     """
 
-    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, parent: KVConnectorBase_V1) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, parent: KVConnectorBase_V1, joining: Joining | None = None
+    ) -> None:
         show_core_logs()
         self._vllm_config = vllm_config
         self._transfer_config = vllm_config.kv_transfer_config
         self._extra: dict[str, Any] = dict(self._transfer_config.kv_connector_extra_config or {})
         self._kv = parent._kv_cache_config
+        self._joining = joining
         self.config = load_config(self._extra, defaults=self._defaults())
-        self._scheduler: SchedulerSide | None = None
+        self.scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._faults = 0
         self._pool: Any = None
@@ -94,9 +89,14 @@ class LMCacheConnectorV1Impl:
         take_turns_sooner()
         self._model = Model.of(vllm_config, self._kv)
         self._bpc = self._model.blocks_per_chunk(self.config)
+        self._handover = handover(
+            self.config, str(self._transfer_config.kv_role), self._model.writers, self._model.world_size
+        )
+        if joining and self._handover:
+            raise ConfigError("enable_pd", True, "at a cache server there is nothing to hand over; leave one out")
         if role is KVConnectorRole.SCHEDULER:
             recompute_on_failure(vllm_config)
-            self._scheduler = self._open_scheduler()
+            self.scheduler = self._join(joining) if joining else self._open_scheduler()
         else:
             self._worker = self._open_worker()
 
@@ -105,6 +105,8 @@ class LMCacheConnectorV1Impl:
         defaults: dict[str, Any] = {}
         if self._extra.get("discard_partial_chunks"):
             defaults["save_unfull_chunk"] = False
+        if self._joining and self._joining.save_decode_cache is not None:
+            defaults["save_decode_cache"] = self._joining.save_decode_cache
         cache = self._vllm_config.cache_config
         size = getattr(cache, "kv_offloading_size", None)
         if size is not None and getattr(cache, "kv_offloading_backend", None) == "lmcache":
@@ -121,8 +123,10 @@ class LMCacheConnectorV1Impl:
     def _open_worker(self) -> WorkerSide:
         parallel = self._vllm_config.parallel_config
         workers = max(1, int(getattr(parallel, "world_size", 1)) // max(1, getattr(parallel, "nnodes", 1)))
-        gb = self.config.max_local_cpu_size
-        if gb is None:
+        gb = pool_gb(self.config)
+        if self._joining:
+            gb = None
+        elif gb is None:
             gb = default_pool_gb(workers)
             logger.info("%s is unset: %.2f GB of host memory for this rank", POOL_SETTING, gb)
         else:
@@ -132,7 +136,7 @@ class LMCacheConnectorV1Impl:
             self._model,
             rank_of(self._vllm_config),
             self._bpc,
-            int(gb * GIB),
+            None if gb is None else int(gb * GIB),
             self.config.load_timeout_secs,
             POOL_SETTING,
         )
@@ -146,11 +150,26 @@ class LMCacheConnectorV1Impl:
             growth = [Growth(pool.path, pool.shape, model.members) for pool in pools]
         except OSError as error:
             logger.error("a worker's pool can't be opened: %s", error)
+        for each in growth:
+            each.serve()  # vLLM makes its scheduler last
         slots = min(pool.slots for pool in pools) if len(growth) == len(found) else 0
         if not slots:
             logger.error("%d of %d workers' pools can be used; nothing will be cached", len(growth), len(found))
         rendezvous.retract(engine_id, model.world_size)
-        events = getattr(self._vllm_config, "kv_events_config", None)
+        maps = [HostPool.attach(pool.path, pool.shape, member=0) for pool in pools] if slots else []
+        stream = self._stream()
+        shared = division(self._vllm_config, self._kv, self.config, pools)
+        own = namespace(self._vllm_config, model, self.config, pools, 0).root()
+        names = Names(own if shared else None)
+
+        def root(epoch: int) -> bytes:
+            """After a reset nobody else finds what is stored, here or in tiers, but who hands over to this engine."""
+            if self._handover is None:
+                return fresh(own) if epoch else own
+            if epoch:
+                names.renew()
+            return namespace(self._vllm_config, model, self.config, pools, epoch, shared).root()
+
         return SchedulerSide(
             self.config,
             block_size=model.block_size,
@@ -158,11 +177,91 @@ class LMCacheConnectorV1Impl:
             slots=slots,
             grown=lambda: min(slots, *(pool.slots() for pool in growth)),
             row_bytes=[pool.row_bytes for pool in pools],
-            root=lambda epoch: namespace(self._vllm_config, model, self.config, pools, epoch).root(),
-            events=bool(events and events.enable_kv_cache_events),
+            root=root,
+            stream=stream,
             skip_last=self._skip_last(),
             stores=self._transfer_config.kv_role != "kv_consumer",
+            below=self._tiers(maps, names, stream) if slots else None,
+            telemetry=self._reports(),
+            spans=self._traces(),
+            pd=open_handover(self._handover, self.config, model, pools, maps, shared),
         )
+
+    def _join(self, joining: Joining) -> SchedulerSide:
+        """As `_open_scheduler`, with the chunks in a cache server's memory."""
+        engine_id, model = str(self._transfer_config.engine_id), self._model
+        found = [rendezvous.find(engine_id, rank, _FIND_SECONDS) for rank in range(model.world_size)]
+        workers = [berth for berth in found if berth is not None]
+        rendezvous.retract(engine_id, model.world_size)
+        if len(workers) < model.world_size:
+            raise LMCacheError(f"{len(workers)} of {model.world_size} workers said where their KV cache is")
+        name = f"{self._vllm_config.model_config.model} {engine_id}"
+        client = open_client(joining, name[-250:], workers, self.config.max_local_cpu_size)
+        at = client.attachment
+        advised = {"chunk_size": at.welcome.chunk_size} if at else {}
+        self.config = load_config(self._extra, defaults={**advised, **self._defaults()})
+        self._bpc = model.blocks_per_chunk(self.config)
+        writers = [workers[rank] for rank in model.writers]
+
+        own = namespace(self._vllm_config, model, self.config, writers, 0).root()
+        parts = tuple(each.row_bytes * self._bpc for each in writers)
+        spec = Spec(own, str(self._vllm_config.model_config.model)[-250:], parts, self.config.chunk_size)
+        ranks = [model.writers.index(model.writer(rank)) for rank in range(model.world_size)]
+        stream = self._stream()
+        seat = Seat(client, spec, self._bpc, ranks, stream.memory if stream else None)
+        if at:
+            client.wait_up(_JOIN_SECONDS, spec.root)
+        return SchedulerSide(
+            self.config,
+            block_size=model.block_size,
+            workers=model.world_size,
+            slots=0,
+            grown=lambda: 0,
+            row_bytes=[each.row_bytes for each in writers],
+            root=lambda epoch: seat.move(fresh(own) if epoch else own),
+            stream=stream,
+            skip_last=self._skip_last(),
+            stores=self._transfer_config.kv_role != "kv_consumer",
+            seat=seat,
+            telemetry=self._reports(),
+            spans=self._traces(),
+        )
+
+    def _stream(self) -> Stream | None:
+        """Where our KV events go, if vLLM publishes any."""
+        events = getattr(self._vllm_config, "kv_events_config", None)
+        return Stream() if events and events.enable_kv_cache_events else None
+
+    def _traces(self) -> Spans:
+        """Where vLLM's own traces go, or as the environment says."""
+        endpoint = getattr(getattr(self._vllm_config, "observability_config", None), "otlp_traces_endpoint", None)
+        return start_spans(self.config.enable_tracing, endpoint, str(self._transfer_config.engine_id))
+
+    def _reports(self) -> Telemetry:
+        """Under the name by which clients know the model."""
+        served = self._vllm_config.model_config.served_model_name
+        return open_telemetry(served[0] if isinstance(served, list) else str(served), self._model.world_size)
+
+    def _tiers(
+        self, maps: Sequence[HostPool], names: Callable[[bytes], bytes], stream: Stream | None
+    ) -> Callable[[Directory, Recorder, Pace], Below] | None:
+        """What opens the tiers below a directory of these pools."""
+        config, size = self.config, self._model.block_size
+        levels = open_levels(config, kv_dtype(self._vllm_config))
+        if not levels:
+            return None
+        for level in levels:
+            if stream and level.kind != "remote":  # what other machines reach as well is no reason to come here
+                level.shelf = Shelf(level.tier, stream.disk)
+
+        def parts(slot: int, tokens: int) -> Parts:
+            return [each.part(slot, -(-tokens // size)) for each in maps]
+
+        return lambda directory, recorder, pace: Lower(
+            directory, levels, parts, recorder, keeps=config.local_cpu, min_uses=config.min_uses_before_write_back,
+            lookup_seconds=config.lookup_timeout_ms / 1e3, only_faster=config.skip_slow_tiers,
+            compute_rate=lambda: pace.rate, names=names,
+        )  # fmt: skip
 
     # -- scheduler side ----------------------------------------------------------------------------------------------
 
@@ -170,71 +269,77 @@ class LMCacheConnectorV1Impl:
     def bind_gpu_block_pool(self, pool: Any) -> None:
         """vLLM's block pool exists now."""
         self._pool = pool
-        assert self._scheduler is not None
-        self._scheduler.bind(pool)
+        assert self.scheduler is not None
+        self.scheduler.bind(pool)
 
     @guarded(_nothing)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that we can load beyond those that vLLM has; whether the request has to wait for them."""
-        assert self._scheduler is not None
-        return self._scheduler.match(request, num_computed_tokens)
+        assert self.scheduler is not None
+        return self.scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """vLLM allocated. A fault here must not leave promised blocks unloaded, so it is not simply a miss."""
-        side = self._scheduler
+        side = self.scheduler
         if side is None:
             return
         ids: list[int] = list(blocks.get_block_ids()[0])
         try:
             side.allocated(request, ids, num_external_tokens)
         except Exception:
-            self._faulted("update_state_after_alloc")
+            self.faulted("update_state_after_alloc")
             if num_external_tokens > 0:
                 side.refuse(request.request_id, ids, side.waits(request))
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMeta:
         """Orders for the step. Not guarded: without them promised blocks would be read unloaded."""
-        return self._scheduler.step(scheduler_output) if self._scheduler else StepMeta()
+        return self.scheduler.step(scheduler_output) if self.scheduler else StepMeta()
 
     @guarded(lambda: None)
     def update_connector_output(self, output: Any) -> None:
         """What the workers reported."""
-        assert self._scheduler is not None
+        assert self.scheduler is not None
         report = output.kv_connector_worker_meta
-        self._scheduler.update(report if isinstance(report, Report) else None, set(output.invalid_block_ids or ()))
+        self.scheduler.update(report if isinstance(report, Report) else None, set(output.invalid_block_ids or ()))
 
     @guarded(_freed)
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks need not wait for us: those that we still read are pinned."""
-        assert self._scheduler is not None
-        return False, self._scheduler.finished(request, block_ids)
+        assert self.scheduler is not None
+        return False, self.scheduler.finished(request, block_ids)
 
     @guarded(list)
     def take_events(self) -> list[Any]:
         """KV events of our tiers."""
-        assert self._scheduler is not None
-        return self._scheduler.events()
+        assert self.scheduler is not None
+        return self.scheduler.events()
 
     @guarded(bool)
     def has_pending_push_work(self) -> bool:
         """Whether stores still hold blocks: their completion reaches us only through a step."""
-        assert self._scheduler is not None
-        return self._scheduler.busy()
+        assert self.scheduler is not None
+        return self.scheduler.busy()
 
-    @guarded(lambda: True)
     def reset_cache(self) -> bool:
         """Forget everything that was stored."""
-        assert self._scheduler is not None
-        return self._scheduler.reset()
+        side = self.scheduler
+        try:
+            return side.reset() if side is not None else True
+        except Exception:  # what is not forgotten must not be found
+            self.faulted("reset_cache")
+            assert side is not None
+            side.switch_off()
+            return True
 
-    def _faulted(self, hook: str) -> None:
+    def faulted(self, hook: str) -> None:
+        """A hook failed."""
         self._faults += 1
         logger.exception("fault %d in %s; the request goes on without the cache", self._faults, hook)
-        if self._scheduler is not None:
-            self._scheduler.recorder.count("num_faults")
+        if self.scheduler is not None:
+            self.scheduler.recorder.count("num_faults")
             if self._faults == _MAX_FAULTS:
                 logger.error("%d faults: the KV cache layer is switched off, the engine serves on", self._faults)
-                self._scheduler.switch_off()
+                self.scheduler.switch_off()
 
     # -- worker side -------------------------------------------------------------------------------------------------
 
@@ -274,12 +379,14 @@ class LMCacheConnectorV1Impl:
         """The process is going down."""
         if self._worker is not None:
             self._worker.close()
+        if self.scheduler is not None:
+            self.scheduler.close()
 
     # -- both --------------------------------------------------------------------------------------------------------
 
     def take_metrics(self) -> dict[str, Any] | None:
         """What is new in the metrics; scheduler side only."""
-        if self._scheduler is None:
+        if self.scheduler is None:
             return None
-        self._scheduler.measure()
-        return self._scheduler.recorder.take()
+        self.scheduler.measure()
+        return self.scheduler.recorder.take()

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from lmcache_ext.transfer.base import Plan, Result
+from lmcache_ext.transfer.segment import Segment
+
+
+@dataclass(frozen=True)
+class Attach:
+    """A cache server's memory to map. Reported as a plan of this id, once the rank can use all of it."""
+
+    id: int
+    segment: Segment
+    parts: tuple[int, ...]  # by rank: which of a slot's parts it copies to and from
 
 
 @dataclass
@@ -20,6 +30,7 @@ class StepMeta(KVConnectorMetadata):
     invalid: list[int] = field(default_factory=list)  # blocks that were promised and could not even be planned
     arrived: list[str] = field(default_factory=list)  # requests to report as received without any load
     cancel: list[int] = field(default_factory=list)  # stores that need not run if they have not begun
+    attach: Attach | None = None  # behind all else in this step: what the next plans are for
     forward: bool = False  # whether this step computes anything
 
 
@@ -47,6 +58,7 @@ class Report(KVConnectorWorkerMetadata):
     """Plans that ended on some worker since the last step."""
 
     done: dict[int, Tally] = field(default_factory=dict)
+    computed: bool = False  # whether the step that ends with this one computed anything
 
     def add(self, result: Result) -> None:
         """One worker finished one plan."""
@@ -57,6 +69,7 @@ class Report(KVConnectorWorkerMetadata):
         assert isinstance(other, Report)
         for plan_id, tally in other.done.items():
             self._merge(plan_id, tally)
+        self.computed |= other.computed
         return self
 
     def _merge(self, plan_id: int, tally: Tally) -> None:

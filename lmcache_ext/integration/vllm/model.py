@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Model:
     def of(cls, config: VllmConfig, kv: KVCacheConfig) -> Model:
         """Read it off vLLM's configuration; call `unsupported` first."""
         parallel = config.parallel_config
-        specs = _specs(kv)
+        specs = specs_of(kv)
         return cls(
             block_size=int(kv.kv_cache_groups[0].kv_cache_spec.block_size),
             num_blocks=int(kv.num_blocks),
@@ -74,12 +75,25 @@ class Model:
         return config.chunk_size // self.block_size
 
 
+@dataclass(frozen=True)
+class Division:
+    """What engines of one model have in common whatever their TP size.
+
+    Args:
+        pages: [layers, outer, heads, head_bytes] of the whole model, as `pd.wire.Geometry` has them.
+        kind: what else must be equal.
+    """
+
+    pages: tuple[tuple[int, int, int, int], ...]
+    kind: str
+
+
 def unsupported(config: VllmConfig, kv: KVCacheConfig) -> str:
     """Why this model is served without caching; "" if it is cached."""
     parallel = config.parallel_config
     if len(kv.kv_cache_groups) != 1:
         return f"its layers form {len(kv.kv_cache_groups)} KV cache groups (a hybrid model)"
-    for spec in _specs(kv):
+    for spec in specs_of(kv):
         if not isinstance(spec, FullAttentionSpec):
             return f"it has {type(spec).__name__} layers"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -90,14 +104,23 @@ def unsupported(config: VllmConfig, kv: KVCacheConfig) -> str:
     return ""
 
 
-def _specs(kv: KVCacheConfig) -> list[Any]:
+def specs_of(kv: KVCacheConfig) -> list[Any]:
+    """Of the layers, as far as they differ."""
     spec = kv.kv_cache_groups[0].kv_cache_spec if kv.kv_cache_groups else None
     inner = getattr(spec, "kv_cache_specs", None)
     return list(inner.values()) if inner is not None else [spec]
 
 
-def namespace(config: VllmConfig, model: Model, engine: EngineConfig, pools: Sequence[Berth], epoch: int) -> Namespace:
-    """What this engine's chunks mean. `pools`: in the order of the ranks."""
+def namespace(
+    config: VllmConfig, model: Model, engine: EngineConfig, pools: Sequence[Berth], epoch: int,
+    division: Division | None = None,
+) -> Namespace:  # fmt: skip
+    """What this engine's chunks mean.
+
+    Args:
+        pools: in the order of the ranks.
+        division: how a hand-over divides them; then they mean the same on engines of other TP sizes.
+    """
     mc, parallel = config.model_config, config.parallel_config
     attention = getattr(config, "attention_config", None)
     return Namespace(
@@ -106,15 +129,35 @@ def namespace(config: VllmConfig, model: Model, engine: EngineConfig, pools: Seq
         weights=_weights(config),
         dtype=str(mc.dtype),
         kv_dtype=str(config.cache_config.cache_dtype),
-        layout="|".join(pool.layout for pool in pools),
+        layout=division.kind if division else "|".join(pool.layout for pool in pools),
         backend=f"{_platform()}:{getattr(attention, 'backend', None)}",
-        page_geometry="|".join(str(pool.row_bytes) for pool in pools),
+        page_geometry=str(division.pages) if division else "|".join(str(pool.row_bytes) for pool in pools),
         block_size=model.block_size,
         chunk_size=engine.chunk_size,
-        parallel=f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}rep{int(model.replicated)}",
+        parallel="any" if division else _parallel(parallel, model),
         kv_format=KV_FORMAT,
         epoch=epoch,
     )
+
+
+class Names:
+    """What chunks are called in tiers. Keys that do not say what shape the engine has get its `shape`, 32 bytes; others
+    (None) stay as they are. It is its own inverse.
+    """
+
+    def __init__(self, shape: bytes | None) -> None:
+        self._mask = int.from_bytes(shape or b"", "big")
+
+    def __call__(self, key: bytes) -> bytes:
+        return (int.from_bytes(key, "big") ^ self._mask).to_bytes(len(key), "big") if self._mask else key
+
+    def renew(self) -> None:
+        """From now on nothing in a tier goes by the name that it has."""
+        self._mask ^= int.from_bytes(os.urandom(32), "big")
+
+
+def _parallel(parallel: Any, model: Model) -> str:
+    return f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}rep{int(model.replicated)}"
 
 
 def _weights(config: VllmConfig) -> str:
@@ -129,3 +172,9 @@ def _platform() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)
+
+
+def kv_dtype(vllm_config: VllmConfig) -> str:
+    """What KV is made of where that is the model's own type; "" where it is a smaller one."""
+    stored = str(vllm_config.cache_config.cache_dtype)
+    return str(vllm_config.model_config.dtype) if stored == "auto" else stored if "16" in stored else ""

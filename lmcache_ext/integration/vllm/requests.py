@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from blake3 import blake3
 from vllm.v1.request import Request
 
 from lmcache_ext.keys import Chain
+from lmcache_ext.tracing import NO_TRACE, Trace
 
 TAG_PREFIX = "lmcache.tag."
 SKIP_SAVE = "lmcache.skip_save"
@@ -27,6 +29,7 @@ class Match:
     local: int  # tokens that vLLM had itself
     end: int  # tokens that can be had in all, a multiple of the block size
     keys: list[bytes]  # of the chunks that cover [local, end)
+    ready: int  # of these tokens, how many are in memory; behind them a tier still brings the rest
 
 
 @dataclass
@@ -45,14 +48,20 @@ class Tracker:
     tail: tuple[bytes, int] | None = None  # key and end of the partial chunk that a fuller one will replace
     store_failures: int = 0
     done: bool = False  # nothing is left to store before the request ends
+    fetched: bool = False  # tiers were asked for it, and are not asked again
     counted: bool = False  # its look-up is in the metrics
     local: int = 0  # tokens that vLLM had itself at the last look-up
+    trace: Trace = NO_TRACE
     hits: tuple[int, int] | None = None  # tokens of the first prefill that vLLM had itself, and that we loaded
 
     @property
     def id(self) -> str:
         """vLLM's internal request id."""
         return str(self.request.request_id)
+
+    def prompt_end(self, step: int) -> int:
+        """Where what is stored of its prompt ends, in whole `step` tokens."""
+        return int(self.request.num_prompt_tokens) // step * step
 
     def hit_report(self) -> dict[str, Any] | None:
         """What the answer says of hits, if the request asked for it."""
@@ -129,3 +138,26 @@ def _media(request: Request, start: int, end: int) -> bytes:
         if offset < end and offset + length > start:
             parts.append([str(feature.modality), str(feature.identifier), offset - start, length])
     return json.dumps(parts).encode() if parts else b""
+
+
+def follow_blocks(output: Any, trackers: Mapping[str, Tracker]) -> dict[str, int]:
+    """Keep block tables up to date; {request that may still store: tokens computed once this step has run}."""
+    computed: dict[str, int] = {}
+    scheduled = output.num_scheduled_tokens
+    for new in output.scheduled_new_reqs:
+        if (tracker := trackers.get(new.req_id)) is not None:
+            tracker.blocks = list(new.block_ids[0])
+            computed[new.req_id] = new.num_computed_tokens + scheduled[new.req_id]
+    cached = output.scheduled_cached_reqs
+    resumed = cached.resumed_req_ids
+    for req_id, blocks, done in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        tracker = trackers.get(req_id)
+        if tracker is None:
+            continue
+        if req_id in resumed:
+            tracker.blocks = list(blocks[0]) if blocks else []
+        elif blocks:
+            tracker.blocks.extend(blocks[0])
+        if not tracker.done:
+            computed[req_id] = done + scheduled[req_id]
+    return computed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 
 from lmcache_ext.errors import LMCacheError
 from lmcache_ext.integration.vllm.log import get_logger
-from lmcache_ext.integration.vllm.metadata import Report, StepMeta
+from lmcache_ext.integration.vllm.metadata import Attach, Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model
 from lmcache_ext.transfer import HostPool, PageTable, Transfer, open_transfer, rendezvous
 from lmcache_ext.transfer.base import Plan, Result, Way
 from lmcache_ext.transfer.pool import Shape
 from lmcache_ext.transfer.rendezvous import Berth
+from lmcache_ext.transfer.segment import SegmentPool
 
 logger = get_logger("worker")
 
@@ -29,13 +31,13 @@ class WorkerSide:
     Args:
         engine_id: shared by all ranks and the scheduler of one engine.
         rank: of this worker in its engine, 0 to world size - 1.
-        pool_bytes: of this rank's pool.
+        pool_bytes: of this rank's pool; None: chunks are in a cache server's memory, to be attached later.
         setting: what to name when the pool can't be had.
     """
 
     def __init__(
-        self, engine_id: str, model: Model, rank: int, blocks_per_chunk: int, pool_bytes: int, load_timeout: float,
-        setting: str,
+        self, engine_id: str, model: Model, rank: int, blocks_per_chunk: int, pool_bytes: int | None,
+        load_timeout: float, setting: str,
     ) -> None:  # fmt: skip
         self._engine_id = engine_id
         self._model = model
@@ -44,8 +46,11 @@ class WorkerSide:
         self._pool_bytes = pool_bytes
         self._load_timeout = load_timeout
         self._setting = setting
-        self._pool: HostPool | None = None
+        self._pages: PageTable | None = None
+        self._pool: HostPool | SegmentPool | None = None
         self._transfer: Transfer | None = None
+        self._retired: list[Transfer] = []  # of memory that was mapped before, until their plans have ended
+        self._attaching = 0  # id of the order under way
         self._stores: list[Plan] = []  # of the bound step, until its forward has run
         self._waiting: dict[int, str] = {}  # async loads under way → the request that waits
         self._blocks: dict[int, list[int]] = {}  # loads under way → their targets
@@ -66,15 +71,15 @@ class WorkerSide:
             LayoutError: we don't know this layout.
             ConfigError: the pool does not fit.
         """
-        pages = PageTable.of(tensors, self._model.num_blocks)
+        pages = self._pages = PageTable.of(tensors, self._model.num_blocks)
+        if self._pool_bytes is None:
+            rendezvous.publish(self._engine_id, self._berth(pages, "", 0))
+            return
         shape = Shape.fit(self._pool_bytes, self._bpc, pages.row_bytes, self._setting)
         self._pool = self._create(shape) if self.writes else self._attach(shape)
         self._transfer = open_transfer(pages, self._pool, self._load_timeout)
         if self.writes:
-            berth = Berth(
-                self._rank, os.getpid(), self._pool.path, shape.slots, self._bpc, pages.row_bytes, pages.layout
-            )
-            rendezvous.publish(self._engine_id, berth)
+            rendezvous.publish(self._engine_id, self._berth(pages, self._pool.path, shape.slots))
         logger.info(
             "rank %d: host pool of %.2f GB, %d chunks of %d bytes; KV layout %s",
             self._rank,
@@ -83,6 +88,9 @@ class WorkerSide:
             shape.slot_bytes,
             pages.layout,
         )
+
+    def _berth(self, pages: PageTable, path: str, slots: int) -> Berth:
+        return Berth(self._rank, os.getpid(), path, slots, self._bpc, pages.row_bytes, pages.layout, pages.cuts)
 
     def _create(self, shape: Shape) -> HostPool:
         try:
@@ -111,15 +119,38 @@ class WorkerSide:
         self._stores = meta.stores
         self._invalid.update(meta.invalid)
         self._received.update(meta.arrived)
+        if meta.attach is not None:
+            self._attach_segment(meta.attach)
         if self._transfer is None:
             self._refuse(meta)
             return
+        if meta.forward or meta.loads:
+            self._transfer.beat()
         if meta.cancel:
-            self._transfer.cancel(meta.cancel)
+            for transfer in (self._transfer, *self._retired):
+                transfer.cancel(meta.cancel)
         if meta.loads:
             self._waiting.update(meta.waiting)
             self._blocks.update((plan.id, plan.blocks.tolist()) for plan in meta.loads)
             self._transfer.submit(meta.loads, self._transfer.fence())
+
+    def _attach_segment(self, order: Attach) -> None:
+        """Copy to and from a server's memory from now on. What was submitted for another goes on there."""
+        assert self._pages is not None
+        if self._transfer is not None:
+            self._retired.append(self._transfer)
+            self._transfer = self._pool = None
+        pool: SegmentPool | None = None
+        try:
+            pool = SegmentPool(order.segment, order.parts[self._rank], self._pages.row_bytes)
+            self._transfer = open_transfer(self._pages, pool, self._load_timeout)
+        except Exception as error:  # also torch's own: the GPU may be full
+            if pool is not None:
+                pool.close()
+            logger.error("rank %d can't use the cache server's memory: %s", self._rank, error)
+            self._report.add(Result(order.id, Way.LOAD, False, 0, 0.0, str(error)))
+            return
+        self._pool, self._attaching = pool, order.id
 
     def start_load(self, meta: StepMeta) -> None:
         """The forward comes next: let it see the loads that it needs."""
@@ -141,10 +172,25 @@ class WorkerSide:
         """Requests whose loads ended, well or not, since the last call."""
         if not self._forward:
             self.save()  # up to 0.30 vLLM does not ask for it on a step without a forward
-        for result in self._transfer.poll() if self._transfer else ():
-            self._take(result)
+        for transfer in (self._transfer, *self._retired):
+            for result in transfer.poll() if transfer else ():
+                self._take(result)
+        self._settle()
         received, self._received = self._received, set()
         return received
+
+    def _settle(self) -> None:
+        """Say once that the server's memory can be used, and let go of what was before."""
+        if self._attaching and isinstance(self._pool, SegmentPool) and self._transfer is not None:
+            stopped = self._transfer.stopped  # looked at first: it is so as soon as all is there, too
+            whole = self._pool.whole
+            if whole or stopped:
+                error = "" if whole else "not all of the cache server's memory can be used"
+                self._report.add(Result(self._attaching, Way.LOAD, whole, 0, 0.0, error))
+                self._attaching = 0
+        for transfer in [each for each in self._retired if each.idle]:
+            self._retired.remove(transfer)
+            threading.Thread(target=transfer.close, args=(_CLOSE_SECONDS,), daemon=True).start()
 
     def _take(self, result: Result) -> None:
         self._report.add(result)
@@ -173,15 +219,17 @@ class WorkerSide:
         return invalid
 
     def report(self) -> Report | None:
-        """Plans that ended since the last call; None if none did."""
+        """What there is to say of the step that ends; None: it computed nothing, and no plan ended."""
         report, self._report = self._report, Report()
-        return report if report.done else None
+        report.computed = self._forward
+        return report if report.done or report.computed else None
 
     def close(self) -> None:
         """The worker is going down."""
-        if self._transfer is not None:
-            self._transfer.close(_CLOSE_SECONDS)
-            self._transfer = None
+        for transfer in (self._transfer, *self._retired):
+            if transfer is not None:
+                transfer.close(_CLOSE_SECONDS)
+        self._transfer, self._retired = None, []
         if self._pool is not None:
             self._pool.close()
             self._pool = None

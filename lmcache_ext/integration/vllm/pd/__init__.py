@@ -1,0 +1,7 @@
+"""Prefill and decode apart, by plain `vllm serve`: what the scheduler side does for a hand-over. docs/pd.md."""
+
+from lmcache_ext.integration.vllm.pd.base import Apart
+from lmcache_ext.integration.vllm.pd.division import division
+from lmcache_ext.integration.vllm.pd.opening import open_handover
+
+__all__ = ["Apart", "division", "open_handover"]
