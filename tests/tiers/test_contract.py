@@ -428,6 +428,7 @@ def test_a_storm_of_faults_brings_no_wrong_byte(spoilt: Callable[..., tuple[Runn
     def tested() -> bool:
         return good > 5 and sum(medium.done.values()) > 8
 
+    limit = 10 * 16384 + 100
     began = time.monotonic()
     while len(jobs) < 250 or not tested():
         assert time.monotonic() - began < 60, "the test tests nothing"
@@ -443,7 +444,9 @@ def test_a_storm_of_faults_brings_no_wrong_byte(spoilt: Callable[..., tuple[Runn
         else:
             jobs.append(tier.lookup(keys) if roll < 0.95 else tier.delete(keys))
         collect()
-        assert medium.bounded or tier.counts().used <= 10 * 16384 + 100
+        if medium.shared and not medium.bounded:  # what others may have written is found, and trimmed right afterwards
+            until(lambda: tier.counts().used <= limit)
+        assert medium.bounded or medium.shared or tier.counts().used <= limit
         time.sleep(0.0005 if len(jobs) < 250 else 0.01)  # more than it can do, and then for as long as it takes
     until(lambda: (tier.wait(0.01), collect(), len(results) == len(jobs))[-1])
     assert set(results.values()) == {1} and sorted(results) == sorted(jobs), "not one result for each job"
