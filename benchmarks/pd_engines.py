@@ -84,11 +84,20 @@ CUDA = Machine(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Engine:
+    """One that was started."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
 @contextmanager
 def engine(
-    machine: Machine, folder: Path, role: str, half: int, connector: dict[str, Any], env: dict[str, str]
-) -> Iterator[int]:
-    """`vllm serve` on one half of the machine, until the with block ends. Yields its port, at once."""
+    machine: Machine, folder: Path, logs: Path, role: str, half: int, connector: dict[str, Any], env: dict[str, str]
+) -> Iterator[Engine]:
+    """`vllm serve` on one half of the machine, until the with block ends. Yields at once, long before it serves."""
     port = free_port()
     command = [
         sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
@@ -97,31 +106,35 @@ def engine(
         "--kv-transfer-config", json.dumps({**connector, "kv_role": role}),
     ]  # fmt: skip
     variables = {**machine.at(half), **env}
-    log = folder / f"{uuid.uuid4().hex}.log"
+    log = logs / f"{connector['kv_connector']}-{role}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=variables, stdout=out, stderr=out, start_new_session=True)
     try:
-        yield port
+        yield Engine(port, process, log)
     except BaseException:
-        sys.stderr.write(log.read_text(errors="replace")[-3000:])
+        sys.stderr.write(f"{role}:\n{log.read_text(errors='replace')[-3000:]}\n")
         raise
     finally:
         process.terminate()
         process.wait(60)
 
 
-def await_all(ports: list[int]) -> None:
-    """Until each of them is healthy."""
-    deadline = time.monotonic() + START_S
-    for port in ports:
+def await_all(engines: list[Engine]) -> None:
+    """Until each of them is healthy. Raises RuntimeError: one has ended."""
+    began = time.monotonic()
+    for each in engines:
         while True:
             try:
-                _opener.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                _opener.open(f"http://127.0.0.1:{each.port}/health", timeout=5).close()
                 break
             except OSError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > began + START_S:
                     raise
+                for one in engines:
+                    if one.process.poll() is not None:
+                        raise RuntimeError(f"an engine has ended with status {one.process.returncode}") from None
                 time.sleep(0.5)
+        print(f"{each.log.stem} serves after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def body(prompt: str, transfer: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
@@ -204,7 +217,7 @@ def settings(folder: Path, name: str, **values: Any) -> dict[str, str]:
     return {"LMCACHE_CONFIG_FILE": str(path)}
 
 
-def started(stack: ExitStack, machine: Machine, folder: Path) -> dict[str, tuple[Ask, int]]:
+def started(stack: ExitStack, machine: Machine, folder: Path, logs: Path) -> dict[str, tuple[Ask, int]]:
     """Both systems, serving: how to ask, and the decoder's port."""
     told = stack.enter_context(zmq.Context()).socket(zmq.PULL)
     notify = told.bind_to_random_port("tcp://127.0.0.1", free_port(), 32768)
@@ -220,13 +233,14 @@ def started(stack: ExitStack, machine: Machine, folder: Path) -> dict[str, tuple
     def quiet() -> dict[str, str]:
         return {"LMCACHE_NIXL_SLEEP_US": "1000", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
 
-    ports = [
-        stack.enter_context(engine(machine, folder, "kv_producer", 0, connector, send)),
-        stack.enter_context(engine(machine, folder, "kv_consumer", 1, connector, take)),
-        stack.enter_context(engine(machine, folder, "kv_producer", 0, theirs, quiet())),
-        stack.enter_context(engine(machine, folder, "kv_consumer", 1, theirs, quiet())),
+    engines = [
+        stack.enter_context(engine(machine, folder, logs, "kv_producer", 0, connector, send)),
+        stack.enter_context(engine(machine, folder, logs, "kv_consumer", 1, connector, take)),
+        stack.enter_context(engine(machine, folder, logs, "kv_producer", 0, theirs, quiet())),
+        stack.enter_context(engine(machine, folder, logs, "kv_consumer", 1, theirs, quiet())),
     ]
-    await_all(ports)
+    await_all(engines)
+    ports = [each.port for each in engines]
     return {
         "ours": (ours((ports[0], ports[1]), listen, told), ports[1]),
         "NixlConnector": (nixl((ports[2], ports[3])), ports[3]),
@@ -244,13 +258,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--logs", type=Path, help="a folder that keeps the engines' logs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     machine = CPU if options.device == "cpu" else CUDA
     times: dict[str, list[Taken]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        systems = started(stack, machine, model(folder, machine.shape))
+        logs = options.logs or folder
+        logs.mkdir(parents=True, exist_ok=True)
+        systems = started(stack, machine, model(folder, machine.shape), logs)
         for i in range(options.rounds + 1):
             for name in list(systems) if i % 2 else list(systems)[::-1]:
                 ask, decoder = systems[name]
@@ -258,6 +275,7 @@ def main() -> None:
                 taken = ask(text(1000 * len(name) + i, machine.length))
                 if loaded(decoder) - before < machine.length * 0.9:
                     raise RuntimeError(f"{name}: the decoder computed the prompt")
+                print(f"{i} {name}: {taken.first - taken.began:.3f} s", file=sys.stderr, flush=True)
                 if i:  # what the first request alone does is not measured
                     times.setdefault(name, []).append(taken)
     whole = {name: [each.first - each.began for each in taken] for name, taken in times.items()}

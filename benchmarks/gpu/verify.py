@@ -168,6 +168,8 @@ class Check:
         self.forget_all()
         self.llm.collective_rpc(engines.spy)
         self.ask([ids], tokens=1)
+        time.sleep(1)
+        self.ask([ids[:8]], tokens=4)  # some steps, in which it is seen that all is stored: a reset cuts a store off
         self.forget()
         stored = [rank["store"] for rank in self.llm.collective_rpc(engines.differing_pages)]
         self.ask([ids], tokens=1)

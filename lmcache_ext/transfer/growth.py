@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,20 @@ _BUSY_SECONDS = 0.1  # an engine that took a step within this time is busy
 _BUSY_SHARE = 0.01  # of the time that pinning may take while it is: the driver's other callers wait meanwhile
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_SYS_MADVISE = {"x86_64": 28, "aarch64": 233}.get(platform.machine())
+
+
+def _advise(address: int, nbytes: int, advice: int) -> int:
+    """madvise(2), past libc's function of that name.
+
+    UCX rewrites the beginning of that one in a running process, when NIXL first makes a UCX agent on a machine with
+    CUDA, and waits some microseconds for whoever is in it. Taking a piece is one call of tenths of a second, which
+    would then return into the middle of an instruction.
+    """
+    where, size = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
+    if _SYS_MADVISE is None:
+        return int(_libc.madvise(where, size, advice))
+    return int(_libc.syscall(ctypes.c_long(_SYS_MADVISE), where, size, ctypes.c_int(advice)))
 
 
 def slots_per_piece(shape: Shape) -> int:
@@ -68,7 +83,7 @@ class PoolGrowth:
         self._last_step = -math.inf
         self._short = False  # whether it was said that memory is short
         if pool.maker:
-            _libc.madvise(ctypes.c_void_p(pool.address), ctypes.c_size_t(self._grain.words_at), _MADV_HUGEPAGE)
+            _advise(pool.address, self._grain.words_at, _MADV_HUGEPAGE)
         wanted = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2), self._count) if pool.maker else 1
         self._threads = [
             threading.Thread(target=self._run, name=f"lmcache-pool-{i}", daemon=True) for i in range(wanted)
@@ -152,7 +167,7 @@ class PoolGrowth:
         self._wait_for_memory(nbytes)
         if self._stop.is_set():
             return
-        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE):
+        if _advise(address, nbytes, _MADV_POPULATE_WRITE):
             code = ctypes.get_errno()
             if code != errno.EINVAL:  # Linux before 5.14 does not know it: pinning takes the pages then
                 raise OSError(code, f"no memory for the next {nbytes >> 20} MiB: {os.strerror(code)}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import mmap
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -145,3 +148,32 @@ def test_closing_ends_it_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < len(addresses) < 100 and reached == 4 * len(addresses)
     time.sleep(0.05)
     assert pool.grown == reached
+
+
+# libc's madvise does nothing any more, as if somebody had rewritten it; then a pool grows, and its pages are counted.
+REWRITTEN = """
+import ctypes, mmap, time
+from lmcache_ext.transfer.growth import PoolGrowth, slots_per_piece
+from lmcache_ext.transfer.pool import HostPool, Shape
+
+libc = ctypes.CDLL(None)
+at = ctypes.cast(libc.madvise, ctypes.c_void_p).value
+page = at & -mmap.PAGESIZE
+assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(2 * mmap.PAGESIZE), 7) == 0
+ctypes.memmove(at, bytes.fromhex("31c0c3"), 3)  # xor eax, eax; ret
+pool = HostPool.create(Shape(64, 2, 128 << 10), "test")
+grower = PoolGrowth(pool, lambda *_: None, lambda: None, slots_per_piece(pool.grain))
+deadline = time.monotonic() + 20
+while pool.grown < 64 and time.monotonic() < deadline:
+    time.sleep(0.01)
+nbytes = 64 * 2 * (128 << 10)
+there = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
+assert libc.mincore(ctypes.c_void_p(pool.address), ctypes.c_size_t(nbytes), there) == 0
+print(pool.grown, sum(byte & 1 for byte in there) / len(there))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="writes x86-64 instructions")
+def test_memory_is_taken_past_the_function_that_ucx_rewrites() -> None:
+    done = subprocess.run([sys.executable, "-c", REWRITTEN], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["64", "1.0"], done.stderr
