@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def _set_connector(engine_args: AsyncEngineArgs, role: Role, *, lmcache: bool, a
     given = engine_args.kv_transfer_config
     if given is not None:
         named = {"kv_connector": given.kv_connector, "kv_connector_extra_config": given.kv_connector_extra_config}
-        says_policy = any("kv_load_failure_policy" in word for word in argv)
+        says_policy = any("kv_load_failure_policy" in word for word in (*argv, *_config_files(argv)))
         if transfer.uses(named, transfer.OURS) and not says_policy:
             given.kv_load_failure_policy = "recompute"
         logger.info("--kv-transfer-config is given and wins over ENABLE_LMCACHE and the role")
@@ -235,6 +236,12 @@ def _set_connector(engine_args: AsyncEngineArgs, role: Role, *, lmcache: bool, a
         return
     config = transfer.connector_config(role, lmcache=lmcache)
     engine_args.kv_transfer_config = None if config is None else KVTransferConfig(**config)
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    """What stands in the files that vLLM's ``--config`` names; it has read them by now."""
+    names = [after for word, after in itertools.pairwise(argv) if word == "--config"]
+    return [Path(name).read_text() for name in names if Path(name).is_file()]
 
 
 def _assemble(

@@ -91,6 +91,15 @@ def test_an_explicit_config_of_ours_recomputes_unless_it_says_otherwise(said: di
     assert config.kv_load_failure_policy == policy
 
 
+def test_a_file_of_settings_may_say_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    given = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+    for said, policy in (({}, "recompute"), ({"kv_load_failure_policy": "fail"}, "fail")):
+        file.write_text(json.dumps({"kv-transfer-config": {**given, **said}}))
+        config: Any = parse("--config", str(file)).engine_args.kv_transfer_config
+        assert config.kv_load_failure_policy == policy
+
+
 def test_a_strange_switch_is_refused() -> None:
     with pytest.raises(SettingError, match="ENABLE_LMCACHE='perhaps'"):
         parse(lmcache="perhaps")
