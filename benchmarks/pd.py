@@ -1,10 +1,12 @@
 """Hand-over from a prefill rank to a decode rank, beside NIXL alone with the same memory, between two processes.
 
-python benchmarks/pd.py [--sizes 32,4,1,0.25] [--mib 256] [--rounds 30] [--tls tcp] [--no-sums] [--out FILE]
+python benchmarks/pd.py [--device cpu|cuda] [--sizes 32,4,1,0.25] [--mib 256] [--rounds 30] [--tls tcp] [--no-sums]
+    [--out FILE]
 
 A hand-over is everything: slots are asked for, sums are taken and proved, chunks become visible in a Directory, the end
 is heard of. NIXL alone is registered memory and writes of the same sizes, all posted at once. Each round measures both
-one right after the other, in turns which comes first; what is reported is the ratio within rounds.
+one right after the other, in turns which comes first; what is reported is the ratio within rounds. On GPUs the memory
+is theirs: the first's here, the last's there.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from lmcache_ext.pd import (
     sums,
 )
 from lmcache_ext.pd.agent import State
+from lmcache_ext.pd.options import Sum
 from lmcache_ext.policies import POLICIES
 from lmcache_ext.transfer.pool import HostPool, Shape
 
@@ -59,43 +62,63 @@ def nothing(slot: int, runs: object) -> bytes:
     return b"0" * 16
 
 
-def pool_of(slots: int, size: int) -> HostPool:
-    """A pool, every page of it taken."""
-    pool = HostPool.create(Shape(slots, ROWS, size // ROWS), "lmcache-bench-pd")
-    pool.bytes[:] = 1
-    return pool
+def slots_of(shape: Shape, gpu: int | None) -> tuple[Any, Memory, Sum]:
+    """(what keeps the memory, slots in it with every page taken, how they are summed)"""
+    if gpu is None:
+        pool = HostPool.create(shape, "lmcache-bench-pd")
+        pool.bytes[:] = 1
+        return pool, Memory.of(pool), sums.of_pool(pool)
+    import torch
+
+    from lmcache_ext.pd.gpu_sums import GpuSums
+    from lmcache_ext.transfer.driver import Driver
+
+    torch.cuda.set_device(gpu)
+    store = torch.ones(shape.nbytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    memory = Memory(store.data_ptr(), shape.nbytes, shape.slot_bytes, "cuda", gpu, Driver().enter)
+    return store, memory, GpuSums(memory)
 
 
-def serve(pipe: Any, slots: int, size: int, proved: bool) -> None:
-    """The decode side, in a process of its own: a receiver, and an agent for NIXL alone, on one pool."""
-    pool = pool_of(slots, size)
+def gpus(device: str) -> tuple[int | None, int | None]:
+    """(the sender's, the receiver's)"""
+    if device == "cpu":
+        return None, None
+    import torch
+
+    return 0, torch.cuda.device_count() - 1
+
+
+def serve(pipe: Any, shape: Shape, gpu: int | None, proved: bool) -> None:
+    """The decode side, in a process of its own: a receiver, and an agent for NIXL alone, on the same slots."""
+    keep, memory, take = slots_of(shape, gpu)
     directory = Directory(POLICIES.get("LRU")())
-    directory.grow(slots)
+    directory.grow(shape.slots)
     store = DirectoryStore(directory, threading.Lock())
-    memory, take = Memory.of(pool), sums.of_pool(pool) if proved else nothing
-    receiver = Receiver(memory, take, Geometry.of(pool.shape, CHUNK), store, ReceiverOptions())
+    receiver = Receiver(memory, take if proved else nothing, Geometry.of(shape, CHUNK), store, ReceiverOptions())
     bare = Agent(memory, receives=True)
-    pipe.send((receiver.init_port, receiver.alloc_port, bare.metadata(), memory))
+    there = Memory(memory.address, memory.nbytes, memory.slot_bytes, memory.device, memory.device_id)
+    pipe.send((receiver.init_port, receiver.alloc_port, bare.metadata(), there))
     while (said := pipe.recv()) is not None:
         store.claim(said)
         pipe.send((dict(receiver.counts), time.process_time()))
+    del keep
     os._exit(0)  # NIXL's libraries may crash in their destructors
 
 
 class Bench:
-    """Both ways from one pool into one other."""
+    """Both ways from some slots into others."""
 
-    def __init__(self, slots: int, size: int, post_bytes: int, proved: bool = True) -> None:
+    def __init__(self, slots: int, size: int, post_bytes: int, proved: bool = True, device: str = "cpu") -> None:
         self.slots, self.nbytes = slots, slots * size
+        shape, (here, there) = Shape(slots, ROWS, size // ROWS), gpus(device)
         self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, slots, size, proved))
+        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, shape, there, proved))
         self._process.start()
         init_port, alloc_port, metadata, memory = self._pipe.recv()
-        self.pool = pool_of(slots, size)
-        mine = Memory.of(self.pool)
+        self._keep, mine, take = slots_of(shape, here)
         options = SenderOptions(post_bytes=post_bytes)
-        take = sums.of_pool(self.pool) if proved else nothing
-        self.sender = Sender(mine, take, Geometry.of(self.pool.shape, CHUNK), options)
+        self.sender = Sender(mine, take if proved else nothing, Geometry.of(shape, CHUNK), options)
         self.target = Target("127.0.0.1", init_port, alloc_port)
         self._bare = Agent(mine, receives=False)
         self._remote = self._bare.connect(metadata, memory)
@@ -154,7 +177,7 @@ class Bench:
 
 def rows_of(size: int, options: argparse.Namespace) -> tuple[str, str]:
     """A line of each table."""
-    bench = Bench(max(1, options.mib * MIB // size), size, options.post_mib * MIB, options.sums)
+    bench = Bench(max(1, options.mib * MIB // size), size, options.post_mib * MIB, options.sums, options.device)
     ways: list[tuple[str, Callable[[], float]]] = [("alone", bench.alone), ("ours", bench.handed_over)]
     rates: dict[str, list[float]] = {"alone": [], "ours": []}
     spent: dict[tuple[str, str], list[float]] = {}
@@ -179,6 +202,7 @@ def rows_of(size: int, options: argparse.Namespace) -> tuple[str, str]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", default="32,4,1,0.25", help="MiB of a chunk")
     parser.add_argument("--mib", type=int, default=256, help="MiB of a request")
     parser.add_argument("--post-mib", type=int, default=8, help="MiB of one transfer, of both ways")
@@ -193,7 +217,7 @@ def main() -> None:
         os.environ["UCX_TLS"] = options.tls
     rows = [rows_of(int(float(size) * MIB), options) for size in options.sizes.split(",")]
     proof = "" if options.sums else ", no sums"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    machine = f"{options.device} of {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     say(
         [
             f"{machine}; {options.rounds} rounds of {options.mib} MiB; NIXL {version('nixl')}, "

@@ -1,14 +1,15 @@
 """Time to first token with prefill and decode apart on plain `vllm serve`: our hand-over and vLLM's NixlConnector.
 
-    python benchmarks/pd_engines.py [--device cpu|cuda] [--rounds 9] [--out benchmarks/results/pd_engines_cpu.md]
+    python benchmarks/pd_engines.py [--device cpu|cuda] [--buffer cpu|cuda] [--rounds 9] [--eager]
+        [--out benchmarks/results/pd_engines_cpu.md]
 
 Four engines live at once, a prefiller and a decoder of each system, prefillers on the first core or GPU and decoders on
 the second, vLLM's own prefix cache off, on a model with random weights (on GPUs: of Llama-3.1-8B's shape). The two take
 turns with prompts of 3000 (on GPUs 16000) tokens that are new. The client does what a proxy does, for both: it asks
 the prefiller, waits for word that the KV can be had, and asks the decoder, whose first token ends the time.
 
-ours: the prefiller writes chunks of 256 tokens while it computes the next; the decoder has them in host memory, and
-loads. NixlConnector: the decoder reads everything when the prefill is over.
+ours: the prefiller writes chunks of 256 tokens while it computes the next; the decoder has them in host memory or, with
+`--buffer cuda`, in memory of its GPU, and loads. NixlConnector: the decoder reads everything when the prefill is over.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ class Machine:
     """How the engines are started."""
 
     length: int  # tokens of a prompt
-    buffer: int  # bytes of host memory that a side of ours gets
+    buffer: int  # bytes that a side of ours gets for hand-overs
     flags: tuple[str, ...]
     share: Callable[[int], dict[str, str]]  # 0 or 1 → the environment that keeps an engine to its half
     shape: dict[str, Any]  # of the model, beside the demo model's
+    device: str = "cpu"  # whose memory the buffer is
 
     def at(self, half: int) -> dict[str, str]:
         """The whole environment of an engine."""
@@ -76,7 +78,7 @@ CPU = Machine(
     lambda half: {"VLLM_CPU_OMP_THREADS_BIND": str(half), "VLLM_CPU_KVCACHE_SPACE": "1"}, SHAPE,
 )  # fmt: skip
 CUDA = Machine(
-    16000, 8 << 30,
+    16000, 4 << 30,
     ("--max-model-len", "20000", "--dtype", "bfloat16", "--gpu-memory-utilization", "0.4",
      "--kv-cache-memory-bytes", str(6 << 30)),
     lambda half: {"CUDA_VISIBLE_DEVICES": str(half)},
@@ -224,10 +226,11 @@ def started(stack: ExitStack, machine: Machine, folder: Path, logs: Path) -> dic
     listen = free_port(), free_port()
     connector = {"kv_connector": "LMCacheConnectorV1", "kv_connector_module_path": "lmcache_ext.integration.vllm",
                  "kv_connector_extra_config": {"skip_last_n_tokens": 1}}  # fmt: skip
+    buffer = {"pd_buffer_size": machine.buffer, "pd_buffer_device": machine.device}
     send = settings(folder, "send", pd_role="sender", pd_proxy_host="127.0.0.1", pd_proxy_port=notify,
-                    pd_buffer_size=machine.buffer)  # fmt: skip
+                    **buffer)  # fmt: skip
     take = settings(folder, "take", pd_role="receiver", pd_peer_host="127.0.0.1", pd_peer_init_port=[listen[0]],
-                    pd_peer_alloc_port=[listen[1]], pd_buffer_size=machine.buffer)  # fmt: skip
+                    pd_peer_alloc_port=[listen[1]], **buffer)  # fmt: skip
     theirs: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu" if machine is CPU else "cuda"}
 
     def quiet() -> dict[str, str]:
@@ -257,11 +260,17 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--buffer", choices=("cpu", "cuda"), default="cpu", help="where our hand-over's memory is")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs: the engines start sooner")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--logs", type=Path, help="a folder that keeps the engines' logs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    machine = CPU if options.device == "cpu" else CUDA
+    if options.device == "cpu" and (options.buffer == "cuda" or options.eager):
+        parser.error("--buffer cuda and --eager are for --device cuda")
+    machine = CPU if options.device == "cpu" else replace(CUDA, device=options.buffer)
+    if options.eager and machine is not CPU:
+        machine = replace(machine, flags=(*machine.flags, "--enforce-eager"))
     times: dict[str, list[Taken]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -286,7 +295,8 @@ def main() -> None:
         [
             f"# Prefill and decode apart on plain `vllm serve`: {options.device}",
             "",
-            f"`python benchmarks/pd_engines.py --device {options.device} --rounds {options.rounds}` on {where()}, "
+            f"`python benchmarks/pd_engines.py --device {options.device} --buffer {options.buffer} --rounds "
+            f"{options.rounds}{' --eager' * options.eager}` on {where()}, "
             f"{time.strftime('%Y-%m-%d')}. Medians (least to most), in ms; prompts of {machine.length} tokens.",
             "",
             "| | ours | NixlConnector | ratio, pair by pair |",

@@ -76,6 +76,27 @@ def pool_gb(config: EngineConfig) -> float | None:
     return config.pd_buffer_size / (1 << 30) + (cache or 0.0)
 
 
+def no_gpu_buffer(config: EngineConfig, ranks: int, own_process: bool) -> str:
+    """Why a hand-over's slots are in host memory although `pd_buffer_device` is cuda; "": they are not, or it is cpu.
+
+    Args:
+        ranks: of the engine.
+        own_process: whether its worker has a process of its own, apart from its scheduler's.
+    """
+    if config.pd_buffer_device != "cuda" or not config.enable_pd:
+        return ""
+    tiers = [name for name in ("local_disk", "gds_path", "remote_url") if getattr(config, name)]
+    if config.pd_buffer_size is None:
+        return "pd_buffer_size is unset"
+    if ranks > 1 or own_process:
+        return f"the engine's {ranks} workers have processes of their own, and the agents are the scheduler's"
+    if config.local_cpu:
+        return "local_cpu keeps chunks in host memory"
+    if tiers:
+        return f"{' and '.join(tiers)} take chunks from host memory"
+    return ""
+
+
 def _proxy(config: EngineConfig) -> str | None:
     if config.pd_skip_proxy_notification:
         return None

@@ -20,8 +20,8 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ PROGRESS_SLEEP_US = 1000  # an idle agent costs 3 % of a core; a message waits t
 _KINDS = {"cpu": "DRAM", "cuda": "VRAM"}
 _numbers = itertools.count(1)
 _making = threading.Lock()  # the class of the agent's configuration is swapped while one is made
+
+
+def _nothing() -> None:
+    """Host memory can be used by any thread."""
 
 
 class State(enum.Enum):
@@ -56,6 +60,8 @@ class Memory:
     slot_bytes: int
     device: str = "cpu"  # or "cuda"
     device_id: int = 0
+    enter: Callable[[], None] = field(default=_nothing, compare=False)
+    """what a thread calls before it uses a GPU's memory"""
 
     @classmethod
     def of(cls, pool: HostPool) -> Memory:
@@ -137,6 +143,7 @@ class Agent:
             raise ConfigError("pd_buffer_device", memory.device, f"must be one of {', '.join(_KINDS)}")
         self.memory = memory
         self._backends = list(backends)
+        memory.enter()
         self.name = f"lmcache-ext-pd-{os.getpid()}-{next(_numbers)}"
         try:
             self._nixl: Any = _sleepy_agent(self.name, receives)

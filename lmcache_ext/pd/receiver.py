@@ -38,7 +38,7 @@ class Receiver:
 
     Args:
         memory: this rank's slots.
-        take_sum: the sum of a slot's first bytes; `sums.of_pool` for a host pool.
+        take_sum: the sum of a slot's first bytes; `sums.of_pool` for a host pool, `GpuSums` for a GPU's memory.
         geometry: of the slots; senders that do not fit are refused.
         store: shared with the receivers of the engine's other ranks.
         options: ports, bounds, deadlines.
@@ -98,6 +98,7 @@ class Receiver:
     # -- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._memory.enter()
         try:
             while not self._stop.is_set():
                 self._turn()

@@ -40,7 +40,7 @@ class Sender:
 
     Args:
         memory: this rank's slots.
-        take_sum: the sum of a slot's first bytes; `sums.of_pool` for a host pool.
+        take_sum: the sum of a slot's first bytes; `sums.of_pool` for a host pool, `GpuSums` for a GPU's memory.
         geometry: of the slots; receivers refuse one that does not fit theirs.
         options: bounds and deadlines, and the proxy.
 
@@ -64,7 +64,8 @@ class Sender:
         self._links.counts = self.counts
         self._poller = self._links.poller
         self._poller.register(self._waker.fd, zmq.POLLIN)
-        self._summer = Summer(take_sum, self._waker)
+        self._enter = memory.enter
+        self._summer = Summer(take_sum, self._waker, memory.enter)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lmcache-pd-sender", daemon=True)
         self._thread.start()
@@ -134,6 +135,7 @@ class Sender:
     # -- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._enter()
         try:
             while not self._stop.is_set():
                 self._turn(_IDLE_S)
@@ -151,7 +153,7 @@ class Sender:
         try:
             flying = self._links.flying
             readable = dict(self._poller.poll(0 if flying or self._links.more else int(idle_s * 1000)))
-            if flying and not readable:
+            if flying and not (readable or self._links.more):
                 time.sleep(_NAP_S)
             self._waker.clear()
             self._links.hear(readable)

@@ -1,10 +1,11 @@
-"""Sums of slots. Memory of a GPU needs a function of its own, with the same answer on both sides."""
+"""Sums of slots. Memory of a GPU has a function of its own (`gpu_sums.py`): both sides need the same."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import xxhash
@@ -50,10 +51,11 @@ class Summed:
 class Summer:
     """A thread that takes sums, in the order in which they are asked for. `done` belongs to whoever is woken."""
 
-    def __init__(self, take: Sum, waker: Waker) -> None:
+    def __init__(self, take: Sum, waker: Waker, enter: Callable[[], None]) -> None:
         self.done: deque[Summed] = deque()
         self._take = take
         self._waker = waker
+        self._enter = enter
         self._asked: queue.SimpleQueue[tuple[Handover, int, int, Runs] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="lmcache-pd-sum", daemon=True)
         self._thread.start()
@@ -63,6 +65,7 @@ class Summer:
         self._asked.put((handover, index, slot, runs))
 
     def _run(self) -> None:
+        self._enter()
         fresh = 0
         while (asked := self._asked.get()) is not None:  # no deadline: `close` ends it
             handover, index, slot, runs = asked

@@ -1,10 +1,33 @@
-"""The data plane: moves bytes between the engine's paged KV memory and the host pool. It decides nothing."""
+"""The data plane: moves bytes between the engine's paged KV memory and a pool. It decides nothing."""
 
 from lmcache_ext.transfer.base import Plan, Result, Transfer
 from lmcache_ext.transfer.pages import PageTable
-from lmcache_ext.transfer.pool import Growth, HostPool, Pool
+from lmcache_ext.transfer.pool import GpuPool, Growth, HostPool, Pool, Shape
 
-__all__ = ["Growth", "HostPool", "PageTable", "Plan", "Pool", "Result", "Transfer", "open_transfer"]
+__all__ = [
+    "GpuPool",
+    "Growth",
+    "HostPool",
+    "PageTable",
+    "Plan",
+    "Pool",
+    "Result",
+    "Shape",
+    "Transfer",
+    "gpu_pool",
+    "open_transfer",
+]
+
+
+def gpu_pool(shape: Shape, name: str, device: int) -> GpuPool:
+    """Slots in a GPU's memory, whose context the calling thread has.
+
+    Raises:
+        TransferError: there is not so much memory left.
+    """
+    from lmcache_ext.transfer.driver import Driver
+
+    return GpuPool(shape, name, Driver().allocate(shape.nbytes), device)
 
 
 def open_transfer(pages: PageTable, pool: Pool, load_timeout: float) -> Transfer:

@@ -28,7 +28,7 @@ from lmcache_ext.transfer.kernel import BLOCK, WORD, move_pages
 from lmcache_ext.transfer.lanes import Job, LaneTransfer
 from lmcache_ext.transfer.pages import PageTable
 from lmcache_ext.transfer.pool import Pool
-from lmcache_ext.transfer.stages import CALLS, Stages, Track, compiled, cut, explain
+from lmcache_ext.transfer.stages import CALLS, CALLS_ON_GPU, Stages, Track, compiled, cut, explain
 
 logger = logging.getLogger("lmcache_ext.transfer")
 
@@ -52,7 +52,7 @@ class _Prepared:
 
 
 class CudaTransfer(LaneTransfer):
-    """KV memory on the GPU, pool in host memory that is pinned as it grows.
+    """KV memory on the GPU, pool in host memory that is pinned as it grows, or on the same GPU.
 
     Raises:
         TransferError: a page is not a whole number of 8-byte words, or there is no CUDA context.
@@ -75,12 +75,16 @@ class CudaTransfer(LaneTransfer):
         torch.cuda.current_stream(self._device).synchronize()
         self._driver = Driver()
         self._issue_native = compiled()
-        self._calls = np.array(self._driver.addresses(CALLS), dtype=np.int64)
+        self._calls = np.array(self._driver.addresses(CALLS_ON_GPU if pool.on_gpu else CALLS), dtype=np.int64)
         self._keep: list[Any] = []  # streams and rings, which native code knows by number
         self._streams = {way: torch.cuda.Stream(self._device) for way in Way}  # the kernels'
         self._tracks = {way: self._lay(way) for way in Way}
         self._events: list[int] = []  # timed, not in use
-        self._growth = PoolGrowth(pool, self._driver.pin, self._driver.enter, self._piece)
+        self._growth: PoolGrowth | None = None
+        if pool.on_gpu:
+            pool.grown = pool.grain.slots
+        else:
+            self._growth = PoolGrowth(pool, self._driver.pin, self._driver.enter, self._piece)
         self._open_lanes()
 
     def _lay(self, way: Way) -> Track:
@@ -121,11 +125,12 @@ class CudaTransfer(LaneTransfer):
         return event
 
     def beat(self) -> None:
-        self._growth.beat()
+        if self._growth:
+            self._growth.beat()
 
     @property
     def stopped(self) -> bool:
-        return self._growth.stopped
+        return self._growth is None or self._growth.stopped
 
     def _prepare(self, job: Job) -> None:
         plan = job.plan
@@ -156,7 +161,7 @@ class CudaTransfer(LaneTransfer):
 
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        pinned = self._growth.close(timeout)
+        pinned = self._growth.close(timeout) if self._growth else []
         super().close(max(0.0, deadline - time.monotonic()))
         while any(self._open.values()) and time.monotonic() < deadline:
             self.poll()

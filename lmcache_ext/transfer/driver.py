@@ -65,6 +65,12 @@ class Driver:
         """Undo `pin`; `address` as it was given there."""
         self._check("cuMemHostUnregister", self._cuda.cuMemHostUnregister(ctypes.c_void_p(address)))
 
+    def allocate(self, nbytes: int) -> int:
+        """Address of so much of the GPU's memory, apart from torch's: other processes can be let write into it."""
+        address = ctypes.c_uint64()
+        self._check("cuMemAlloc", self._cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes)))
+        return address.value
+
     def new_event(self, timed: bool = False) -> int:
         """An event; whoever waits for it on the host sleeps."""
         event = ctypes.c_uint64()

@@ -1,4 +1,7 @@
-"""The one kernel of the CUDA data plane. Kept apart: it also runs, slowly, in Triton's interpreter without a GPU."""
+"""The kernels: one moves pages, one sums. Kept apart: they also run, slowly, in Triton's interpreter without a GPU.
+
+No function of Triton's own library is called: those can't be interpreted once it was imported to compile.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import triton
 import triton.language as tl
 
 WORD = 8
-BLOCK = 1024  # words that a program copies at once
+BLOCK = 1024  # words that a program handles at once
 
 
 # Not specialized on any number: native code launches it, and an argument that equals 1 would be compiled away.
@@ -34,3 +37,39 @@ def move_pages(  # type: ignore[no-untyped-def]
             tl.store(there, tl.load(here, mask=inside), mask=inside)
         else:
             tl.store(here, tl.load(there, mask=inside), mask=inside)
+
+
+@triton.jit
+def _mixed(x):  # type: ignore[no-untyped-def]
+    """Of 64 bits 64 others."""
+    x = (x ^ (x >> 31)) * 0x3F58476D1CE4E5B9
+    x = (x ^ (x >> 29)) * 0x14D049BB133111EB
+    return x ^ (x >> 32)
+
+
+@triton.jit(do_not_specialize=["address", "count", "before"])
+def add_words(  # type: ignore[no-untyped-def]
+    address, count, before, totals, BLOCK: tl.constexpr
+):
+    """Sum `count` words at `address`: what falls to each lane of each program, which still has to be added up.
+
+    Word i of what is summed, plus a multiple of i + 1, is mixed in two ways, each of which can be undone; a sum is the
+    two totals modulo 2^64. So a single word that differs always shows, any others but once in 2^128, and the order in
+    which they are added does not matter. before: words of the same sum that come before these. totals: int64
+    [programs, 2, BLOCK], all of it written.
+    """
+    words = address.to(tl.pointer_type(tl.int64))
+    first, second = tl.full((BLOCK,), 0, tl.uint64), tl.full((BLOCK,), 0, tl.uint64)
+    lane = tl.arange(0, BLOCK)
+    for tile in range(tl.program_id(0), (count + BLOCK - 1) // BLOCK, tl.num_programs(0)):
+        at = lane.to(tl.int64) + tile * BLOCK
+        inside = at < count
+        word = tl.load(words + at, mask=inside, other=0).to(tl.uint64, bitcast=True)
+        place = (at + before + 1).to(tl.uint64, bitcast=True)
+        one = _mixed(word + place * 0x1E3779B97F4A7C15)
+        two = _mixed(one ^ 0x2545F4914F6CDD1D)
+        first += tl.where(inside, one, 0)
+        second += tl.where(inside, two, 0)
+    mine = totals + tl.program_id(0) * 2 * BLOCK + lane
+    tl.store(mine, first.to(tl.int64, bitcast=True))
+    tl.store(mine + BLOCK, second.to(tl.int64, bitcast=True))

@@ -1,4 +1,4 @@
-"""The host pool: one anonymous shared-memory segment per rank, divided into slots.
+"""The pool of one rank, divided into slots: an anonymous shared-memory segment, or for hand-overs memory of its GPU.
 
 A slot holds one chunk: `blocks_per_slot` rows, each the bytes of one block of all layers. Behind the slots comes a page
 of words, one for each rank that maps the segment: how many slots that rank can copy to and from by now; the page's last
@@ -62,9 +62,10 @@ class Shape:
 
 
 class Pool(Protocol):
-    """Host memory that a data plane copies to and from."""
+    """Memory that a data plane copies to and from: the host's, or a GPU's."""
 
     address: int
+    on_gpu: bool
     row_bytes: int
     grown: int  # how many of the grain's slots, from the first, this rank can copy to and from by now
 
@@ -91,40 +92,18 @@ class Pool(Protocol):
         """Drop it. The mapping itself goes with its last view."""
 
 
-class HostPool:
-    """A mapped segment. `member` is the word that is ours to write: 0 for the rank that made the pool."""
+class _Own:
+    """What pools that an engine's ranks make have in common: the segment, whose words say how far they are. `member` is
+    the word that is ours to write: 0 for the rank that made the pool."""
 
-    def __init__(self, fd: int, shape: Shape, member: int = 0) -> None:
+    on_gpu = False
+
+    def __init__(self, fd: int, shape: Shape, member: int, words: mmap.mmap, at: int) -> None:
         self.shape = self.grain = shape
         self.row_bytes = shape.row_bytes
         self.fd = fd
-        self._map = mmap.mmap(fd, shape.segment_bytes, flags=mmap.MAP_SHARED)
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, count=shape.nbytes)
-        self.address = int(ctypes.addressof(ctypes.c_char.from_buffer(self._map)))
-        self._words = np.frombuffer(self._map, dtype=np.int64, offset=shape.words_at)
+        self._words = np.frombuffer(words, dtype=np.int64, offset=at)
         self._member = member
-
-    @classmethod
-    def create(cls, shape: Shape, name: str) -> HostPool:
-        """A new segment; `name` shows in /proc. Raises OSError if the kernel refuses it."""
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, shape.segment_bytes)
-            return cls(fd, shape)
-        except OSError:
-            os.close(fd)
-            raise
-
-    @classmethod
-    def attach(cls, path: str, shape: Shape, member: int) -> HostPool:
-        """Map another process' segment. Raises OSError if it is gone or is not what `shape` says."""
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            _require_size(fd, path, shape)
-            return cls(fd, shape, member)
-        except OSError:
-            os.close(fd)
-            raise
 
     @property
     def grown(self) -> int:
@@ -159,6 +138,43 @@ class HostPool:
         """[n] where each of these rows begins, in bytes."""
         return rows * self.row_bytes
 
+    def close(self) -> None:
+        """Drop the segment. A mapping itself goes with its last view."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class HostPool(_Own):
+    """A mapped segment."""
+
+    def __init__(self, fd: int, shape: Shape, member: int = 0) -> None:
+        self._map = mmap.mmap(fd, shape.segment_bytes, flags=mmap.MAP_SHARED)
+        super().__init__(fd, shape, member, self._map, shape.words_at)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8, count=shape.nbytes)
+        self.address = int(ctypes.addressof(ctypes.c_char.from_buffer(self._map)))
+
+    @classmethod
+    def create(cls, shape: Shape, name: str) -> HostPool:
+        """A new segment; `name` shows in /proc. Raises OSError if the kernel refuses it."""
+        fd = _segment(shape, name)
+        try:
+            return cls(fd, shape)
+        except OSError:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, path: str, shape: Shape, member: int) -> HostPool:
+        """Map another process' segment. Raises OSError if it is gone or is not what `shape` says."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _require_size(fd, path, shape)
+            return cls(fd, shape, member)
+        except OSError:
+            os.close(fd)
+            raise
+
     def row(self, index: int) -> npt.NDArray[np.uint8]:
         """[row_bytes] the bytes of one row, writable."""
         start = index * self.shape.row_bytes
@@ -169,11 +185,27 @@ class HostPool:
         start = slot * self.shape.slot_bytes
         return memoryview(self._map)[start : start + blocks * self.shape.row_bytes]
 
-    def close(self) -> None:
-        """Drop the segment. The mapping itself goes with its last view."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+
+class GpuPool(_Own):
+    """Slots in memory of a GPU, which this process has and no other maps. Of its segment only the words are used; all
+    else of it is a hole that takes no memory.
+
+    Args:
+        address: of the memory, `shape.nbytes` of it. It is never given back: peers may know it.
+        device: its number in this process.
+    """
+
+    on_gpu = True
+
+    def __init__(self, shape: Shape, name: str, address: int, device: int) -> None:
+        fd = _segment(shape, name)
+        try:
+            words = mmap.mmap(fd, mmap.PAGESIZE, offset=shape.words_at)
+        except OSError:
+            os.close(fd)
+            raise
+        super().__init__(fd, shape, 0, words, 0)
+        self.address, self.device = address, device
 
 
 class Growth:
@@ -205,6 +237,17 @@ class Growth:
     def slots(self) -> int:
         """Slots that every one of the ranks can use by now. About 3 µs."""
         return int(self._words[: self._members].min())
+
+
+def _segment(shape: Shape, name: str) -> int:
+    """A new one, of `segment_bytes`."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, shape.segment_bytes)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _require_size(fd: int, path: str, shape: Shape) -> None:

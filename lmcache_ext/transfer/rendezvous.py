@@ -32,6 +32,8 @@ class Berth:
     row_bytes: int
     layout: str  # PageTable.layout
     cuts: tuple[Cut, ...] = ()  # PageTable.cuts
+    gpu: int | None = None  # whose memory the slots are in; None: in the segment
+    address: int = 0  # there, in the process `pid`
 
     @property
     def shape(self) -> Shape:

@@ -39,6 +39,7 @@ class SegmentPool:
     """
 
     maker = False  # the server takes the memory
+    on_gpu = False
     serving = True
 
     def __init__(self, segment: Segment, part: int, row_bytes: int) -> None:

@@ -37,6 +37,8 @@ CALLS = (
     "cuGraphExecKernelNodeSetParams_v2", "cuGraphLaunch", "cuEventSynchronize",
 )  # fmt: skip
 """What the loop calls, in the order in which it is given their addresses."""
+CALLS_ON_GPU = tuple("cuMemcpyDtoDAsync_v2" if name.startswith("cuMemcpy") else name for name in CALLS)
+"""The same where the pool, too, is the GPU's memory."""
 WAIT_EVENT, COPY_IN, COPY_OUT, RECORD, SET_KERNEL, LAUNCH, AWAIT_EVENT = range(7)
 _SITE = 100000  # of an error code: status + _SITE * (index in CALLS + 1)
 

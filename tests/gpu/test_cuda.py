@@ -13,7 +13,17 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here", allow_module_level=True)
 
-from lmcache_ext.transfer import HostPool, PageTable, Plan, Result, cuda, growth, open_transfer  # noqa: E402 - as above
+from lmcache_ext.errors import TransferError  # noqa: E402 - as above
+from lmcache_ext.transfer import (  # noqa: E402 - as above
+    HostPool,
+    PageTable,
+    Plan,
+    Result,
+    cuda,
+    gpu_pool,
+    growth,
+    open_transfer,
+)
 from lmcache_ext.transfer.base import Way  # noqa: E402 - needs a GPU
 from lmcache_ext.transfer.cuda import CudaTransfer  # noqa: E402 - needs a GPU
 from lmcache_ext.transfer.pool import Growth, Shape  # noqa: E402 - needs a GPU
@@ -107,6 +117,32 @@ def test_there_and_back(parts: Parts) -> None:
     transfer.join([2])
     assert all(torch.equal(kv[name], before[name]) for name in kv)  # on the engine's stream: join ordered it
     assert settle(transfer)[2].ok
+
+
+@pytest.mark.parametrize("size", ["large", "odd"])
+def test_a_pool_on_the_gpu(size: str) -> None:
+    """There, and back into other blocks; all of it can be used at once."""
+    kv = layers(PAGE[size], "layer")
+    pages = PageTable.of(kv, BLOCKS)
+    pool = gpu_pool(Shape(SLOTS, BPC, pages.row_bytes), "test", 0)
+    transfer = open_transfer(pages, pool, 5.0)
+    assert pool.grown == SLOTS == Growth(pool.path, pool.shape, 1).slots()
+    rng = np.random.default_rng(1)
+    blocks, rows = rng.permutation(BLOCKS)[:120], rng.permutation(SLOTS * BPC)[:120]
+    others = np.setdiff1d(np.arange(BLOCKS), blocks)[:120]
+    transfer.submit([plan(1, Way.STORE, blocks, rows)], transfer.fence())
+    assert settle(transfer)[1].ok
+    transfer.submit([plan(2, Way.LOAD, others, rows)], transfer.fence())
+    transfer.join([2])
+    for t in kv.values():
+        assert torch.equal(t[torch.from_numpy(others).cuda()], t[torch.from_numpy(blocks).cuda()])
+    assert settle(transfer)[2].ok
+    transfer.close(5.0)
+
+
+def test_a_pool_that_the_gpu_has_no_room_for() -> None:
+    with pytest.raises(TransferError, match="OUT_OF_MEMORY"):
+        gpu_pool(Shape(1 << 20, BPC, 1 << 20), "test", 0)
 
 
 def test_a_store_sees_the_work_before_its_fence(parts: Parts) -> None:

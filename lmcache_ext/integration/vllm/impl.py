@@ -13,7 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from lmcache_ext.config import GIB, default_pool_gb, handover, load_config, pool_gb, require_pool_fits
+from lmcache_ext.config import GIB, default_pool_gb, handover, load_config, no_gpu_buffer, pool_gb, require_pool_fits
 from lmcache_ext.engine import Below, Directory, Lower, Shelf, open_levels
 from lmcache_ext.errors import ConfigError, LMCacheError
 from lmcache_ext.integration.vllm.events import Stream
@@ -123,9 +123,18 @@ class LMCacheConnectorV1Impl:
     def _open_worker(self) -> WorkerSide:
         parallel = self._vllm_config.parallel_config
         workers = max(1, int(getattr(parallel, "world_size", 1)) // max(1, getattr(parallel, "nnodes", 1)))
-        gb = pool_gb(self.config)
+        gb, on_gpu, setting = pool_gb(self.config), False, POOL_SETTING
+        if self._handover and self.config.pd_buffer_device == "cuda":
+            apart = getattr(parallel, "distributed_executor_backend", None) not in (None, "uni")
+            why = no_gpu_buffer(self.config, self._model.world_size, apart)
+            if why:
+                logger.warning("pd_buffer_device=cuda: KV is handed over through host memory, because %s", why)
+            else:
+                on_gpu, setting = True, "pd_buffer_size"
         if self._joining:
             gb = None
+        elif on_gpu:
+            pass  # the GPU says whether it fits
         elif gb is None:
             gb = default_pool_gb(workers)
             logger.info("%s is unset: %.2f GB of host memory for this rank", POOL_SETTING, gb)
@@ -138,7 +147,8 @@ class LMCacheConnectorV1Impl:
             self._bpc,
             None if gb is None else int(gb * GIB),
             self.config.load_timeout_secs,
-            POOL_SETTING,
+            setting,
+            on_gpu,
         )
 
     def _open_scheduler(self) -> SchedulerSide:
@@ -156,7 +166,8 @@ class LMCacheConnectorV1Impl:
         if not slots:
             logger.error("%d of %d workers' pools can be used; nothing will be cached", len(growth), len(found))
         rendezvous.retract(engine_id, model.world_size)
-        maps = [HostPool.attach(pool.path, pool.shape, member=0) for pool in pools] if slots else []
+        in_host = [pool for pool in pools if pool.gpu is None]
+        maps = [HostPool.attach(pool.path, pool.shape, member=0) for pool in in_host] if slots else []
         stream = self._stream()
         shared = division(self._vllm_config, self._kv, self.config, pools)
         own = namespace(self._vllm_config, model, self.config, pools, 0).root()
@@ -184,7 +195,7 @@ class LMCacheConnectorV1Impl:
             below=self._tiers(maps, names, stream) if slots else None,
             telemetry=self._reports(),
             spans=self._traces(),
-            pd=open_handover(self._handover, self.config, model, pools, maps, shared),
+            pd=open_handover(self._handover, self.config, model, pools if slots else [], maps, shared),
         )
 
     def _join(self, joining: Joining) -> SchedulerSide:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lmcache_ext.errors import LMCacheError
+from lmcache_ext.errors import ConfigError, LMCacheError, TransferError
 from lmcache_ext.integration.vllm.log import get_logger
 from lmcache_ext.integration.vllm.metadata import Attach, Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model
-from lmcache_ext.transfer import HostPool, PageTable, Transfer, open_transfer, rendezvous
+from lmcache_ext.transfer import GpuPool, HostPool, PageTable, Transfer, gpu_pool, open_transfer, rendezvous
 from lmcache_ext.transfer.base import Plan, Result, Way
 from lmcache_ext.transfer.pool import Shape
 from lmcache_ext.transfer.rendezvous import Berth
@@ -33,11 +34,12 @@ class WorkerSide:
         rank: of this worker in its engine, 0 to world size - 1.
         pool_bytes: of this rank's pool; None: chunks are in a cache server's memory, to be attached later.
         setting: what to name when the pool can't be had.
+        on_gpu: whether the pool shall lie in the GPU's memory, if the KV cache does.
     """
 
     def __init__(
         self, engine_id: str, model: Model, rank: int, blocks_per_chunk: int, pool_bytes: int | None,
-        load_timeout: float, setting: str,
+        load_timeout: float, setting: str, on_gpu: bool = False,
     ) -> None:  # fmt: skip
         self._engine_id = engine_id
         self._model = model
@@ -46,8 +48,9 @@ class WorkerSide:
         self._pool_bytes = pool_bytes
         self._load_timeout = load_timeout
         self._setting = setting
+        self._on_gpu = on_gpu
         self._pages: PageTable | None = None
-        self._pool: HostPool | SegmentPool | None = None
+        self._pool: HostPool | GpuPool | SegmentPool | None = None
         self._transfer: Transfer | None = None
         self._retired: list[Transfer] = []  # of memory that was mapped before, until their plans have ended
         self._attaching = 0  # id of the order under way
@@ -76,13 +79,19 @@ class WorkerSide:
             rendezvous.publish(self._engine_id, self._berth(pages, "", 0))
             return
         shape = Shape.fit(self._pool_bytes, self._bpc, pages.row_bytes, self._setting)
-        self._pool = self._create(shape) if self.writes else self._attach(shape)
-        self._transfer = open_transfer(pages, self._pool, self._load_timeout)
+        device = pages.keep[0].device.index if self._on_gpu and pages.device == "cuda" else None
+        pool = self._create(shape, device) if self.writes else self._attach(shape)
+        self._pool = pool
+        self._transfer = open_transfer(pages, pool, self._load_timeout)
         if self.writes:
-            rendezvous.publish(self._engine_id, self._berth(pages, self._pool.path, shape.slots))
+            berth = self._berth(pages, pool.path, shape.slots)
+            if device is not None:
+                berth = replace(berth, gpu=device, address=pool.address)
+            rendezvous.publish(self._engine_id, berth)
         logger.info(
-            "rank %d: host pool of %.2f GB, %d chunks of %d bytes; KV layout %s",
+            "rank %d: %s pool of %.2f GB, %d chunks of %d bytes; KV layout %s",
             self._rank,
+            "host" if device is None else "GPU",
             shape.nbytes / (1 << 30),
             shape.slots,
             shape.slot_bytes,
@@ -92,9 +101,14 @@ class WorkerSide:
     def _berth(self, pages: PageTable, path: str, slots: int) -> Berth:
         return Berth(self._rank, os.getpid(), path, slots, self._bpc, pages.row_bytes, pages.layout, pages.cuts)
 
-    def _create(self, shape: Shape) -> HostPool:
+    def _create(self, shape: Shape, device: int | None) -> HostPool | GpuPool:
+        name = f"lmcache_ext-{self._rank}"
         try:
-            return HostPool.create(shape, f"lmcache_ext-{self._rank}")
+            return HostPool.create(shape, name) if device is None else gpu_pool(shape, name, device)
+        except TransferError as error:
+            raise ConfigError(
+                self._setting, shape.nbytes, f"{error}: leave room for it beside vLLM's (--gpu-memory-utilization)"
+            ) from None
         except OSError as error:
             raise LMCacheError(
                 f"no host pool of {shape.nbytes / (1 << 30):.2f} GB ({self._setting}): {error.strerror}"

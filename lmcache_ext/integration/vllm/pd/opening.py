@@ -19,6 +19,7 @@ from lmcache_ext.integration.vllm.pd.base import Apart
 from lmcache_ext.integration.vllm.pd.decode import Decode
 from lmcache_ext.integration.vllm.pd.prefill import Prefill
 from lmcache_ext.pd import Geometry, Memory, Receiver, ReceiverOptions, Sender, SenderOptions, Store, sums
+from lmcache_ext.pd.options import Sum
 from lmcache_ext.transfer import HostPool
 from lmcache_ext.transfer.lanes import use_all_cores
 from lmcache_ext.transfer.rendezvous import Berth
@@ -37,29 +38,29 @@ def open_handover(
 
     Args:
         part: what the settings say.
-        berths, pools: of every rank that has one, in their order; none: nothing is cached.
+        berths: of every rank that has a pool, in their order; none: nothing is cached.
+        pools: the same as far as they are in host memory: all, or none.
         division: how chunks are divided among them, if that is known.
     """
     if part is None:
         return Apart()
-    if not pools:
-        logger.error("no host pool: nothing is handed over")
+    if not berths:
+        logger.error("no pool: nothing is handed over")
         return Apart()
-    if config.pd_buffer_device != "cpu":
-        logger.info("pd_buffer_device=%s: KV is handed over through host memory here", config.pd_buffer_device)
+    sides = [_slots(berth, pools[i] if pools else None) for i, berth in enumerate(berths)]
 
     def geometry(i: int, root: str) -> Geometry:
         # The root says model, types, sizes and versions.
-        layout = f"{division.kind if division else berths[i].layout}, keys of {root}"
+        where = "" if berths[i].gpu is None else ", in GPU memory"
+        layout = f"{division.kind if division else berths[i].layout}{where}, keys of {root}"
         pages = division.pages if division else ()
-        return Geometry.of(pools[i].shape, config.chunk_size, layout, rank=i, ranks=len(pools), pages=pages)
+        return Geometry.of(berths[i].shape, config.chunk_size, layout, rank=i, ranks=len(berths), pages=pages)
 
     if not part.receives:
 
         def sender(i: int, root: str) -> Sender:
             options = SenderOptions(proxy=part.proxy, alloc_wait_s=part.wait_s, backends=part.backends)
-            take = sums.of_pool(pools[i])
-            return _on_all_cores(lambda: Sender(Memory.of(pools[i]), take, geometry(i, root), options))
+            return _on_all_cores(lambda: Sender(*sides[i], geometry(i, root), options))
 
         return Prefill(config, model.block_size, model.writers, model.world_size, sender)
 
@@ -68,17 +69,30 @@ def open_handover(
         os.environ.setdefault("UCX_NET_DEVICES", "lo")  # UCX listens at all devices otherwise
 
     def receiver(i: int, root: str, store: Store) -> Receiver:
-        listen, take = part.listens[i], sums.of_pool(pools[i])
+        listen = part.listens[i]
         options = ReceiverOptions(
             host, listen.init_port, listen.alloc_port, alloc_wait_s=part.wait_s, backends=part.backends
         )
         try:
-            return _on_all_cores(lambda: Receiver(Memory.of(pools[i]), take, geometry(i, root), store, options))
+            return _on_all_cores(lambda: Receiver(*sides[i], geometry(i, root), store, options))
         except zmq.ZMQError as error:
             ports = f"{listen.host}:{listen.init_port} and {listen.alloc_port}"
             raise ConfigError("pd_peer_init_port", listen.init_port, f"can't listen at {ports}: {error}") from None
 
-    return Decode(config, model.block_size, len(pools), receiver)
+    return Decode(config, model.block_size, len(berths), receiver)
+
+
+def _slots(berth: Berth, pool: HostPool | None) -> tuple[Memory, Sum]:
+    """One rank's slots, and how they are summed."""
+    if pool is not None:
+        return Memory.of(pool), sums.of_pool(pool)
+    assert berth.gpu is not None and berth.pid == os.getpid(), "a GPU's memory is known to its worker's process alone"
+    from lmcache_ext.pd.gpu_sums import GpuSums
+    from lmcache_ext.transfer.driver import Driver
+
+    shape = berth.shape
+    memory = Memory(berth.address, shape.nbytes, shape.slot_bytes, "cuda", berth.gpu, Driver().enter)
+    return memory, GpuSums(memory)
 
 
 def _address(host: str) -> str:

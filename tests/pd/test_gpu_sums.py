@@ -1,0 +1,86 @@
+"""The kernel that sums slots in a GPU's memory against a plain reference, in Triton's interpreter: without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton comes with the locked packages; an install without it has no CUDA plane")
+
+ONE, TWO = np.uint64(0x3F58476D1CE4E5B9), np.uint64(0x14D049BB133111EB)
+STEP, APART = np.uint64(0x1E3779B97F4A7C15), np.uint64(0x2545F4914F6CDD1D)
+
+
+@pytest.fixture(scope="module")
+def sums() -> Iterator[Any]:
+    """The module, decorated for the interpreter; others in this process get one of their own."""
+    name = "lmcache_ext.transfer.kernel"
+    before = sys.modules.pop(name, None), os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.modules.pop(name)
+        if before[0] is not None:
+            sys.modules[name] = before[0]
+        os.environ.pop("TRITON_INTERPRET")
+        if before[1] is not None:
+            os.environ["TRITON_INTERPRET"] = before[1]
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(31))) * ONE
+    x = (x ^ (x >> np.uint64(29))) * TWO
+    return np.asarray(x ^ (x >> np.uint64(32)))
+
+
+def reference(words: np.ndarray) -> list[int]:
+    one = mixed(words + np.arange(1, len(words) + 1, dtype=np.uint64) * STEP)
+    return [int(one.sum()), int(mixed(one ^ APART).sum())]
+
+
+def taken(sums: Any, words: np.ndarray, programs: int, cuts: tuple[int, ...] = ()) -> list[int]:
+    """As the class does it, run by run."""
+    memory, total, before = torch.from_numpy(words.view(np.int64)), torch.zeros(2, dtype=torch.int64), 0
+    totals = torch.full((programs, 2, sums.BLOCK), -1, dtype=torch.int64)
+    for start, end in zip((0, *cuts), (*cuts, len(words)), strict=True):
+        sums.add_words[(programs,)](memory.data_ptr() + 8 * start, end - start, before, totals, sums.BLOCK)
+        total += totals.sum((0, 2))
+        before += end - start
+    return [int(each) for each in total.numpy().view(np.uint64)]
+
+
+@pytest.fixture
+def words() -> np.ndarray:
+    """More than one tile, the last of them not full."""
+    return np.random.default_rng(7).integers(0, 1 << 64, 3 * 2048 + 77, dtype=np.uint64)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 64])
+def test_a_sum_is_the_references(sums: Any, words: np.ndarray, programs: int) -> None:
+    assert taken(sums, words, programs) == reference(words)
+
+
+def test_runs_are_summed_as_one_behind_the_other(sums: Any, words: np.ndarray) -> None:
+    assert taken(sums, words, 2, (5, 2048, 4000)) == reference(words)
+
+
+def test_whatever_differs_shows(sums: Any, words: np.ndarray) -> None:
+    honest = taken(sums, words, 2)
+    rng, seen = np.random.default_rng(11), [honest]
+    for _ in range(8):  # a bit
+        other = words.copy()
+        other[rng.integers(len(words))] ^= np.uint64(1) << np.uint64(rng.integers(64))
+        seen.append(taken(sums, other, 2))
+    swapped, shifted, stale = words.copy(), np.roll(words, 512), words.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    stale[2048:4096] = 0  # a part that has not come
+    seen += [taken(sums, each, 2) for each in (swapped, shifted, stale, words[:-1], np.append(words, np.uint64(0)))]
+    assert len({tuple(each) for each in seen}) == len(seen)
