@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from lmcache_ext.pd import (
     sums,
 )
 from lmcache_ext.pd.agent import State
-from lmcache_ext.pd.options import Sum
+from lmcache_ext.pd.options import Sums
 from lmcache_ext.policies import POLICIES
 from lmcache_ext.transfer.pool import HostPool, Shape
 
@@ -57,12 +57,12 @@ _POLL_S = 0.001  # between two looks at the sender
 _THREADS = ("lmcache-pd-sender", "lmcache-pd-sum")
 
 
-def nothing(slot: int, runs: object) -> bytes:
-    """A sum that costs nothing, and proves nothing."""
-    return b"0" * 16
+def nothing(asked: Sequence[object]) -> list[bytes]:
+    """Sums that cost nothing, and prove nothing."""
+    return [b"0" * 16] * len(asked)
 
 
-def slots_of(shape: Shape, gpu: int | None) -> tuple[Any, Memory, Sum]:
+def slots_of(shape: Shape, gpu: int | None) -> tuple[Any, Memory, Sums]:
     """(what keeps the memory, slots in it with every page taken, how they are summed)"""
     if gpu is None:
         pool = HostPool.create(shape, "lmcache-bench-pd")
@@ -117,7 +117,7 @@ class Bench:
         self._process.start()
         init_port, alloc_port, metadata, memory = self._pipe.recv()
         self._keep, mine, take = slots_of(shape, here)
-        options = SenderOptions(post_bytes=post_bytes)
+        options = SenderOptions(post_bytes=post_bytes, inflight_bytes=max(256 * MIB, 8 * post_bytes))
         self.sender = Sender(mine, take if proved else nothing, Geometry.of(shape, CHUNK), options)
         self.target = Target("127.0.0.1", init_port, alloc_port)
         self._bare = Agent(mine, receives=False)

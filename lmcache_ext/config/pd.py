@@ -89,7 +89,7 @@ def no_gpu_buffer(config: EngineConfig, ranks: int, own_process: bool) -> str:
     if config.pd_buffer_size is None:
         return "pd_buffer_size is unset"
     if ranks > 1 or own_process:
-        return f"the engine's {ranks} workers have processes of their own, and the agents are the scheduler's"
+        return "the workers have processes of their own, and the agents are the scheduler's"
     if config.local_cpu:
         return "local_cpu keeps chunks in host memory"
     if tiers:

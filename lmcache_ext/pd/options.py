@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from lmcache_ext.errors import ConfigError
 from lmcache_ext.pd.parts import Runs
 
-Sum = Callable[[int, Runs], bytes]
-"""(slot, runs) → 16 bytes: the sum of these bytes of a slot, one run behind the other, wherever the memory is."""
+Sums = Callable[[Sequence[tuple[int, Runs]]], Iterable[bytes]]
+"""[(slot, runs)] → 16 bytes for each, in their order: the sum of these bytes of a slot, one run behind the other."""
 
 
 class _Checked:

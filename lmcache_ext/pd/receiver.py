@@ -23,7 +23,7 @@ import zmq
 from lmcache_ext.pd import identity, wire
 from lmcache_ext.pd.agent import Agent, Memory
 from lmcache_ext.pd.intake import Intake, Session, Waiting, indexes, placed, tokens_of
-from lmcache_ext.pd.options import ReceiverOptions, Sum
+from lmcache_ext.pd.options import ReceiverOptions, Sums
 from lmcache_ext.pd.parts import Misfit, Plan
 from lmcache_ext.pd.ports import Waker, bind, receive
 from lmcache_ext.pd.store import Store
@@ -38,7 +38,7 @@ class Receiver:
 
     Args:
         memory: this rank's slots.
-        take_sum: the sum of a slot's first bytes; `sums.of_pool` for a host pool, `GpuSums` for a GPU's memory.
+        take_sums: of slots; `sums.of_pool` for a host pool, `GpuSums` for a GPU's memory.
         geometry: of the slots; senders that do not fit are refused.
         store: shared with the receivers of the engine's other ranks.
         options: ports, bounds, deadlines.
@@ -49,10 +49,10 @@ class Receiver:
     """
 
     def __init__(
-        self, memory: Memory, take_sum: Sum, geometry: wire.Geometry, store: Store, options: ReceiverOptions
+        self, memory: Memory, take_sums: Sums, geometry: wire.Geometry, store: Store, options: ReceiverOptions
     ) -> None:
         self._memory = memory
-        self._sum = take_sum
+        self._sums = take_sums
         self._geometry = geometry
         self._store = store
         self._options = options
@@ -251,23 +251,24 @@ class Receiver:
         if len(message.indexes) != len(message.sums):
             self.counts["malformed"] += 1
             return
-        good: list[int] = []
-        bad: list[int] = []
-        for index, total in zip(message.indexes, message.sums, strict=True):
-            if index in intake.left:
-                (good if self._take(session, intake, index, total) else bad).append(index)
+        said = {i: total for i, total in zip(message.indexes, message.sums, strict=True) if i in intake.left}
+        wanted = [i for i in said if not intake.abandoned and intake.left[i].good]
+        asked = [(intake.places[i].slot, session.plan.runs(intake.tokens[i], at_receiver=True)) for i in wanted]
+        good = []
+        for i, total in zip(wanted, self._sums(asked), strict=True):
+            if self._proved(intake, i, total == said[i]):
+                good.append(i)
+        bad = [i for i in said if i not in good]
         intake.due = time.monotonic() + self._options.stall_s
         if not intake.left:
             del session.intakes[intake.number]
             self.counts["complete"] += 1
         self._say(session.route, wire.ChunksTaken(session.token, intake.number, good, bad))
 
-    def _take(self, session: Session, intake: Intake, index: int, total: bytes) -> bool:
+    def _proved(self, intake: Intake, index: int, right: bool) -> bool:
+        """Make a chunk visible, if it is what was sent. Returns whether it is."""
         ticket = intake.left[index]
-        if intake.abandoned or not ticket.good:
-            return False
-        runs = session.plan.runs(intake.tokens[index], at_receiver=True)
-        if self._sum(intake.places[index].slot, runs) != total:
+        if not right:
             self.counts["wrong sum"] += 1
             logger.warning("chunk %d of %s is not what was sent", index, intake.req_id)
             self._store.abandon(ticket)  # it stays in `left`: more bytes may come

@@ -23,7 +23,7 @@ import zmq
 from lmcache_ext.pd.agent import Agent, Memory
 from lmcache_ext.pd.handover import Ended, Event, Handover, Outcome, Released, Target, Together
 from lmcache_ext.pd.links import Links
-from lmcache_ext.pd.options import SenderOptions, Sum
+from lmcache_ext.pd.options import SenderOptions, Sums
 from lmcache_ext.pd.parts import Misfit
 from lmcache_ext.pd.ports import Waker
 from lmcache_ext.pd.sums import Summed, Summer
@@ -40,7 +40,7 @@ class Sender:
 
     Args:
         memory: this rank's slots.
-        take_sum: the sum of a slot's first bytes; `sums.of_pool` for a host pool, `GpuSums` for a GPU's memory.
+        take_sums: of slots; `sums.of_pool` for a host pool, `GpuSums` for a GPU's memory.
         geometry: of the slots; receivers refuse one that does not fit theirs.
         options: bounds and deadlines, and the proxy.
 
@@ -48,7 +48,7 @@ class Sender:
         ConfigError: NIXL is missing or does not start.
     """
 
-    def __init__(self, memory: Memory, take_sum: Sum, geometry: Geometry, options: SenderOptions) -> None:
+    def __init__(self, memory: Memory, take_sums: Sums, geometry: Geometry, options: SenderOptions) -> None:
         self.geometry = geometry
         self._options = options
         self._said: deque[Callable[[], None]] = deque()  # by callers, for the thread
@@ -65,7 +65,7 @@ class Sender:
         self._poller = self._links.poller
         self._poller.register(self._waker.fd, zmq.POLLIN)
         self._enter = memory.enter
-        self._summer = Summer(take_sum, self._waker, memory.enter)
+        self._summer = Summer(take_sums, self._waker, memory.enter)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lmcache-pd-sender", daemon=True)
         self._thread.start()

@@ -47,22 +47,28 @@ def _mixed(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> 32)
 
 
-@triton.jit(do_not_specialize=["address", "count", "before"])
-def add_words(  # type: ignore[no-untyped-def]
-    address, count, before, totals, BLOCK: tl.constexpr
-):
-    """Sum `count` words at `address`: what falls to each lane of each program, which still has to be added up.
+@triton.jit
+def _plus(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@triton.jit
+def add_words(table, totals, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum runs of words: what falls to each program of each run, which still has to be added up.
 
     Word i of what is summed, plus a multiple of i + 1, is mixed in two ways, each of which can be undone; a sum is the
     two totals modulo 2^64. So a single word that differs always shows, any others but once in 2^128, and the order in
-    which they are added does not matter. before: words of the same sum that come before these. totals: int64
-    [programs, 2, BLOCK], all of it written.
+    which they are added does not matter.
+
+    table: int64 [runs, 3]: address, words, and words of the same sum that come before. totals: int64 [runs, programs,
+    2], all of it written. The grid is (programs, runs).
     """
-    words = address.to(tl.pointer_type(tl.int64))
+    row = table + 3 * tl.program_id(1)
+    words = tl.load(row).to(tl.pointer_type(tl.int64))
+    count, before = tl.load(row + 1), tl.load(row + 2)
     first, second = tl.full((BLOCK,), 0, tl.uint64), tl.full((BLOCK,), 0, tl.uint64)
-    lane = tl.arange(0, BLOCK)
     for tile in range(tl.program_id(0), (count + BLOCK - 1) // BLOCK, tl.num_programs(0)):
-        at = lane.to(tl.int64) + tile * BLOCK
+        at = tl.arange(0, BLOCK).to(tl.int64) + tile * BLOCK
         inside = at < count
         word = tl.load(words + at, mask=inside, other=0).to(tl.uint64, bitcast=True)
         place = (at + before + 1).to(tl.uint64, bitcast=True)
@@ -70,6 +76,6 @@ def add_words(  # type: ignore[no-untyped-def]
         two = _mixed(one ^ 0x2545F4914F6CDD1D)
         first += tl.where(inside, one, 0)
         second += tl.where(inside, two, 0)
-    mine = totals + tl.program_id(0) * 2 * BLOCK + lane
-    tl.store(mine, first.to(tl.int64, bitcast=True))
-    tl.store(mine + BLOCK, second.to(tl.int64, bitcast=True))
+    mine = totals + 2 * (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    tl.store(mine, tl.reduce(first, 0, _plus).to(tl.int64, bitcast=True))
+    tl.store(mine + 1, tl.reduce(second, 0, _plus).to(tl.int64, bitcast=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_ext.config import Handover, handover, load_config, pool_gb
+from lmcache_ext.config import Handover, handover, load_config, no_gpu_buffer, pool_gb
 from lmcache_ext.errors import ConfigError
 
 RECEIVER = {
@@ -103,3 +103,25 @@ def test_nobody_need_be_told() -> None:
     assert found is not None and found.proxy is None and not found.receives
     told = part(**SENDER)
     assert told is not None and told.proxy == "localhost:7500"
+
+
+GPU = {**SENDER, "local_cpu": False, "pd_buffer_size": 1 << 30, "pd_buffer_device": "cuda"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "ranks", "own_process", "why"),
+    [
+        ({}, 1, False, ""),
+        ({"pd_buffer_device": "cpu"}, 2, True, ""),
+        ({"enable_pd": False}, 2, True, ""),
+        ({"pd_buffer_size": None}, 1, False, "pd_buffer_size is unset"),
+        ({"local_cpu": True}, 1, False, "local_cpu keeps chunks in host memory"),
+        ({"remote_url": "redis://h:1", "local_disk": "/x"}, 1, False, "local_disk and remote_url take chunks"),
+        ({}, 2, False, "workers have processes of their own"),
+        ({}, 1, True, "workers have processes of their own"),
+    ],
+)
+def test_why_a_buffer_is_not_on_the_gpu(changed: dict[str, Any], ranks: int, own_process: bool, why: str) -> None:
+    config = load_config({f"lmcache.{name}": value for name, value in {**GPU, **changed}.items()}, {})
+    said = no_gpu_buffer(config, ranks, own_process)
+    assert (why in said) if why else said == ""

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from lmcache_ext.pd import (
 )
 from lmcache_ext.pd.agent import State
 from lmcache_ext.pd.links import Links
-from lmcache_ext.pd.options import Sum
+from lmcache_ext.pd.options import Sums
 from lmcache_ext.pd.parts import Runs, at
 from lmcache_ext.pd.shards import Page, Pieces, Rank, chunk_pieces
 from lmcache_ext.policies import POLICIES
@@ -102,16 +102,16 @@ def pool_of(slots: int, row: int = ROW) -> HostPool:
     return HostPool.create(Shape(slots, ROWS, row), "lmcache-test-pd")
 
 
-def flips(pool: HostPool) -> Sum:
+def flips(pool: HostPool) -> Sums:
     """A sum after which a byte of every third slot changes."""
     size, honest = pool.shape.slot_bytes, sums.of_pool(pool)
 
-    def take(slot: int, runs: Runs) -> bytes:
-        total = honest(slot, runs)
-        if slot % 3 == 2:
-            offset, nbytes = runs[-1]
-            pool.bytes[slot * size + offset + int(total[0]) * nbytes // 256] ^= 1
-        return total
+    def take(asked: Sequence[tuple[int, Runs]]) -> Iterator[bytes]:
+        for (slot, runs), total in zip(asked, honest(asked), strict=True):
+            if slot % 3 == 2:
+                offset, nbytes = runs[-1]
+                pool.bytes[slot * size + offset + int(total[0]) * nbytes // 256] ^= 1
+            yield total
 
     return take
 

@@ -48,13 +48,11 @@ def reference(words: np.ndarray) -> list[int]:
 
 def taken(sums: Any, words: np.ndarray, programs: int, cuts: tuple[int, ...] = ()) -> list[int]:
     """As the class does it, run by run."""
-    memory, total, before = torch.from_numpy(words.view(np.int64)), torch.zeros(2, dtype=torch.int64), 0
-    totals = torch.full((programs, 2, sums.BLOCK), -1, dtype=torch.int64)
-    for start, end in zip((0, *cuts), (*cuts, len(words)), strict=True):
-        sums.add_words[(programs,)](memory.data_ptr() + 8 * start, end - start, before, totals, sums.BLOCK)
-        total += totals.sum((0, 2))
-        before += end - start
-    return [int(each) for each in total.numpy().view(np.uint64)]
+    memory, runs = torch.from_numpy(words.view(np.int64)), list(zip((0, *cuts), (*cuts, len(words)), strict=True))
+    table = torch.tensor([[memory.data_ptr() + 8 * start, end - start, start] for start, end in runs])
+    totals = torch.full((len(runs), programs, 2), -1, dtype=torch.int64)
+    sums.add_words[(programs, len(runs))](table, totals, sums.BLOCK)
+    return [int(each) for each in totals.sum((0, 1)).numpy().view(np.uint64)]
 
 
 @pytest.fixture

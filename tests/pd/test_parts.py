@@ -42,8 +42,8 @@ def test_all_writers_fill_every_slot_and_their_sums_agree(pages, senders, receiv
         numbers.append((plan.writer, plan.writers))
         mine, theirs = pool_of(1, plan.sender.row_bytes), pool_of(1, plan.receiver.row_bytes)
         mine.bytes[: len(source)], theirs.bytes[: len(slots[r])] = source, slots[r]
-        taken = sums.of_pool(mine)(0, plan.runs(tokens, at_receiver=False))
-        assert sums.of_pool(theirs)(0, plan.runs(tokens, at_receiver=True)) == taken
+        taken = list(sums.of_pool(mine)([(0, plan.runs(tokens, at_receiver=False))]))
+        assert list(sums.of_pool(theirs)([(0, plan.runs(tokens, at_receiver=True))])) == taken
     assert numbers == [(i, len(numbers)) for i in range(len(numbers))]
     for r, slot in slots.items():
         assert np.array_equal(slot, part_of(b"k" * 32, tokens, geometry(r, receivers, pages)))

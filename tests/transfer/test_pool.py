@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lmcache_ext.errors import ConfigError, LMCacheError
-from lmcache_ext.transfer import Growth, HostPool, rendezvous
+from lmcache_ext.transfer import GpuPool, Growth, HostPool, rendezvous
 from lmcache_ext.transfer.pool import Shape
 from lmcache_ext.transfer.rendezvous import Berth
 
@@ -100,3 +100,17 @@ def test_a_runtime_folder_that_cannot_be_made_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setenv("LMCACHE_RUNTIME_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(LMCacheError, match="LMCACHE_RUNTIME_DIR"):
         rendezvous.runtime_dir()
+
+
+def test_a_pool_on_a_gpu_takes_no_host_memory_but_its_words() -> None:
+    pool = GpuPool(Shape(1 << 20, 16, 1 << 20), "test", 0x7F0000000000, 3)  # 16 TiB
+    growth = Growth(pool.path, pool.shape, 1)
+    assert growth.slots() == 0 and pool.maker and pool.on_gpu
+    pool.grown = pool.shape.slots
+    assert growth.slots() == pool.made == 1 << 20
+    growth.serve()
+    assert pool.serving and os.fstat(pool.fd).st_blocks * 512 <= 2 * 4096
+    assert pool.at(np.array([5])).tolist() == [5 << 20]
+    with pytest.raises(AttributeError):  # nobody reads a hole for a chunk
+        pool.bytes  # type: ignore[attr-defined]  # noqa: B018 - that is the test
+    pool.close()

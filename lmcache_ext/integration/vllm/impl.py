@@ -13,7 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from lmcache_ext.config import GIB, default_pool_gb, handover, load_config, no_gpu_buffer, pool_gb, require_pool_fits
+from lmcache_ext.config import GIB, default_pool_gb, handover, load_config, pool_gb, require_pool_fits
 from lmcache_ext.engine import Below, Directory, Lower, Shelf, open_levels
 from lmcache_ext.errors import ConfigError, LMCacheError
 from lmcache_ext.integration.vllm.events import Stream
@@ -23,7 +23,7 @@ from lmcache_ext.integration.vllm.metadata import Report, StepMeta
 from lmcache_ext.integration.vllm.model import Model, Names, kv_dtype, namespace, unsupported
 from lmcache_ext.integration.vllm.mp import Joining, open_client
 from lmcache_ext.integration.vllm.pace import Pace
-from lmcache_ext.integration.vllm.pd import division, open_handover
+from lmcache_ext.integration.vllm.pd import division, on_gpu, open_handover
 from lmcache_ext.integration.vllm.policy import recompute_on_failure
 from lmcache_ext.integration.vllm.scheduler import SchedulerSide
 from lmcache_ext.integration.vllm.seat import Seat
@@ -123,22 +123,14 @@ class LMCacheConnectorV1Impl:
     def _open_worker(self) -> WorkerSide:
         parallel = self._vllm_config.parallel_config
         workers = max(1, int(getattr(parallel, "world_size", 1)) // max(1, getattr(parallel, "nnodes", 1)))
-        gb, on_gpu, setting = pool_gb(self.config), False, POOL_SETTING
-        if self._handover and self.config.pd_buffer_device == "cuda":
-            apart = getattr(parallel, "distributed_executor_backend", None) not in (None, "uni")
-            why = no_gpu_buffer(self.config, self._model.world_size, apart)
-            if why:
-                logger.warning("pd_buffer_device=cuda: KV is handed over through host memory, because %s", why)
-            else:
-                on_gpu, setting = True, "pd_buffer_size"
+        gb = pool_gb(self.config)
+        gpu = on_gpu(self.config, parallel, self._model.world_size)
         if self._joining:
             gb = None
-        elif on_gpu:
-            pass  # the GPU says whether it fits
         elif gb is None:
             gb = default_pool_gb(workers)
             logger.info("%s is unset: %.2f GB of host memory for this rank", POOL_SETTING, gb)
-        else:
+        elif not gpu:
             require_pool_fits(gb, workers, POOL_SETTING)
         return WorkerSide(
             str(self._transfer_config.engine_id),
@@ -147,8 +139,8 @@ class LMCacheConnectorV1Impl:
             self._bpc,
             None if gb is None else int(gb * GIB),
             self.config.load_timeout_secs,
-            setting,
-            on_gpu,
+            "pd_buffer_size" if gpu else POOL_SETTING,
+            gpu,
         )
 
     def _open_scheduler(self) -> SchedulerSide:

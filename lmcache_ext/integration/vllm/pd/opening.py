@@ -18,8 +18,8 @@ from lmcache_ext.integration.vllm.model import Division, Model
 from lmcache_ext.integration.vllm.pd.base import Apart
 from lmcache_ext.integration.vllm.pd.decode import Decode
 from lmcache_ext.integration.vllm.pd.prefill import Prefill
-from lmcache_ext.pd import Geometry, Memory, Receiver, ReceiverOptions, Sender, SenderOptions, Store, sums
-from lmcache_ext.pd.options import Sum
+from lmcache_ext.integration.vllm.pd.slots import paced, slots_of
+from lmcache_ext.pd import Geometry, Receiver, ReceiverOptions, Sender, SenderOptions, Store
 from lmcache_ext.transfer import HostPool
 from lmcache_ext.transfer.lanes import use_all_cores
 from lmcache_ext.transfer.rendezvous import Berth
@@ -47,7 +47,7 @@ def open_handover(
     if not berths:
         logger.error("no pool: nothing is handed over")
         return Apart()
-    sides = [_slots(berth, pools[i] if pools else None) for i, berth in enumerate(berths)]
+    sides = [slots_of(berth, pools[i] if pools else None) for i, berth in enumerate(berths)]
 
     def geometry(i: int, root: str) -> Geometry:
         # The root says model, types, sizes and versions.
@@ -60,7 +60,7 @@ def open_handover(
 
         def sender(i: int, root: str) -> Sender:
             options = SenderOptions(proxy=part.proxy, alloc_wait_s=part.wait_s, backends=part.backends)
-            return _on_all_cores(lambda: Sender(*sides[i], geometry(i, root), options))
+            return _on_all_cores(lambda: Sender(*sides[i], geometry(i, root), paced(options, berths[i])))
 
         return Prefill(config, model.block_size, model.writers, model.world_size, sender)
 
@@ -80,19 +80,6 @@ def open_handover(
             raise ConfigError("pd_peer_init_port", listen.init_port, f"can't listen at {ports}: {error}") from None
 
     return Decode(config, model.block_size, len(berths), receiver)
-
-
-def _slots(berth: Berth, pool: HostPool | None) -> tuple[Memory, Sum]:
-    """One rank's slots, and how they are summed."""
-    if pool is not None:
-        return Memory.of(pool), sums.of_pool(pool)
-    assert berth.gpu is not None and berth.pid == os.getpid(), "a GPU's memory is known to its worker's process alone"
-    from lmcache_ext.pd.gpu_sums import GpuSums
-    from lmcache_ext.transfer.driver import Driver
-
-    shape = berth.shape
-    memory = Memory(berth.address, shape.nbytes, shape.slot_bytes, "cuda", berth.gpu, Driver().enter)
-    return memory, GpuSums(memory)
 
 
 def _address(host: str) -> str:
