@@ -14,7 +14,8 @@
 #   INIT_PORT, ALLOC_PORT         a decoder's ports for prefillers, one a rank (default 7300, 7400 and those that follow)
 #   PROXY_HOST, PROXY_PORT        where prefillers tell the proxy that KV has arrived (default 127.0.0.1, 7500)
 #   PREFILLERS, DECODERS          how many `all` starts, and `proxy` expects, on ports in a row (default 1, 1)
-#   BUFFER_GB        host memory of each rank for the hand-over (default 2)
+#   BUFFER_GB        memory of each rank for the hand-over (default 2)
+#   BUFFER_DEVICE    cpu, or cuda: from GPU to GPU, with one rank on both sides (default cpu; docs/pd.md)
 #   PREFILL_CONFIG_FILE, DECODE_CONFIG_FILE   instead: LMCACHE_CONFIG_FILE of the prefillers, of the decoders
 #   LMCACHE_*        further settings of the cache: docs/settings.md, docs/pd.md
 #   VENV, DEVICE     see launch/setup.sh
@@ -73,7 +74,7 @@ write_config() { # write_config NAME LINE...: a file of settings for one engine
     local file=$RUN_DIR/$1.yaml
     shift
     printf '%s\n' "local_cpu: False" "enable_pd: True" "transfer_channel: nixl" \
-        "pd_buffer_size: $((${BUFFER_GB:-2} << 30))" "$@" >"$file"
+        "pd_buffer_size: $((${BUFFER_GB:-2} << 30))" "pd_buffer_device: ${BUFFER_DEVICE:-cpu}" "$@" >"$file"
     printf %s "$file"
 }
 

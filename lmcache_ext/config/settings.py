@@ -131,9 +131,9 @@ class EngineConfig(BaseSettings):
     pd_skip_proxy_notification: bool = False
     """sender: there is no proxy to be told"""
     pd_buffer_size: Annotated[int, Field(gt=0)] | None = None
-    """bytes of host memory per rank for the hand-over, on top of `max_local_cpu_size` where `local_cpu` is on"""
+    """bytes per rank for the hand-over, on top of `max_local_cpu_size` where `local_cpu` is on"""
     pd_buffer_device: Literal["cpu", "cuda"] = "cpu"
-    """either way the hand-over is from host memory into host memory"""
+    """whose memory hands over and takes: the host's, or the GPU's, where the engine has one rank and nothing below"""
     pd_allocation_timeout_sec: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """seconds that a hand-over waits for the receiver's slots"""
     transfer_channel: Literal["nixl"] = "nixl"

@@ -25,8 +25,10 @@ def gpu_pool(shape: Shape, name: str, device: int) -> GpuPool:
     Raises:
         TransferError: there is not so much memory left.
     """
+    from lmcache_ext.transfer.cuda import compile_sums
     from lmcache_ext.transfer.driver import Driver
 
+    compile_sums(device)
     return GpuPool(shape, name, Driver().allocate(shape.nbytes), device)
 
 

@@ -24,7 +24,7 @@ from lmcache_ext.errors import TransferError
 from lmcache_ext.transfer.base import Way
 from lmcache_ext.transfer.driver import Driver, KernelNode
 from lmcache_ext.transfer.growth import PoolGrowth, slots_per_piece
-from lmcache_ext.transfer.kernel import BLOCK, WORD, move_pages
+from lmcache_ext.transfer.kernel import BLOCK, WORD, add_words, move_pages
 from lmcache_ext.transfer.lanes import Job, LaneTransfer
 from lmcache_ext.transfer.pages import PageTable
 from lmcache_ext.transfer.pool import Pool
@@ -49,6 +49,13 @@ class _Prepared:
     began: int
     ended: int
     keep: torch.Tensor  # pinned, what `ids` is copied from
+
+
+def compile_sums(device: int) -> None:
+    """Compile the kernel that sums a hand-over's slots, as long as vLLM expects that kernels are compiled."""
+    table, totals = (torch.zeros(4, dtype=torch.int64, device=f"cuda:{device}") for _ in range(2))
+    add_words[(1, 1)](table, totals, BLOCK)  # no words
+    torch.cuda.current_stream(device).synchronize()
 
 
 class CudaTransfer(LaneTransfer):

@@ -6,6 +6,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from lmcache_ext.config import EngineConfig, no_gpu_buffer
 from lmcache_ext.integration.vllm.log import get_logger
 from lmcache_ext.pd import Memory, SenderOptions, sums
@@ -26,9 +28,14 @@ def on_gpu(config: EngineConfig, parallel: Any, ranks: int) -> bool:
         ranks: of the engine.
     """
     own_process = getattr(parallel, "distributed_executor_backend", None) not in (None, "uni")
-    if why := no_gpu_buffer(config, ranks, own_process):
+    if not config.enable_pd or config.pd_buffer_device != "cuda":
+        return False
+    why = no_gpu_buffer(config, ranks, own_process)
+    if not current_platform.is_cuda():
+        why = "there is no GPU"
+    if why:
         logger.warning("pd_buffer_device=cuda: KV is handed over through host memory, because %s", why)
-    return config.enable_pd and config.pd_buffer_device == "cuda" and not why
+    return not why
 
 
 def slots_of(berth: Berth, pool: HostPool | None) -> tuple[Memory, Sums]:
