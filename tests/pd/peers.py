@@ -222,7 +222,7 @@ class Prefill(Served):
                     self.ended[event.req_id] = event
             if self.due and self.free:
                 req_id, target, index, name, tokens = self.due.pop(0)
-                slot, nbytes = self.free.pop(), self.geometry.nbytes(tokens)
+                slot, nbytes = self.free.pop(0), self.geometry.nbytes(tokens)
                 start = slot * self.pool.shape.slot_bytes
                 self.pool.bytes[start : start + nbytes] = part_of(name, tokens, self.geometry)
                 self.sender.ready(req_id, target, index, slot)
