@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,25 +12,15 @@ import torch
 pytest.importorskip("triton", reason="Triton comes with the locked packages; an install without it has no CUDA plane")
 
 from lmcache_ext.transfer import PageTable
+from tests.interpreted import kernels
 
 BLOCKS = 12
 
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Any]:
-    """The module, decorated for the interpreter; others in this process get one of their own."""
-    name = "lmcache_ext.transfer.kernel"
-    before = sys.modules.pop(name, None), os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield importlib.import_module(name)
-    finally:
-        sys.modules.pop(name)
-        if before[0] is not None:
-            sys.modules[name] = before[0]
-        os.environ.pop("TRITON_INTERPRET")
-        if before[1] is not None:
-            os.environ["TRITON_INTERPRET"] = before[1]
+    with kernels() as module:
+        yield module
 
 
 def memory(layout: str) -> dict[str, torch.Tensor]:
