@@ -71,12 +71,11 @@ def slots_of(shape: Shape, gpu: int | None) -> tuple[Any, Memory, Sums]:
     import torch
 
     from lmcache_ext.pd.gpu_sums import GpuSums
-    from lmcache_ext.transfer.driver import Driver
 
     torch.cuda.set_device(gpu)
     store = torch.ones(shape.nbytes, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
-    memory = Memory(store.data_ptr(), shape.nbytes, shape.slot_bytes, "cuda", gpu, Driver().enter)
+    memory = Memory.on_gpu(store.data_ptr(), shape, gpu)
     return store, memory, GpuSums(memory)
 
 

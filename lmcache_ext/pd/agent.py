@@ -29,7 +29,7 @@ import numpy as np
 from lmcache_ext.errors import ConfigError, TransferError
 from lmcache_ext.pd.shards import Pieces
 from lmcache_ext.sleepy import sleepy
-from lmcache_ext.transfer.pool import HostPool
+from lmcache_ext.transfer.pool import HostPool, Shape
 
 logger = logging.getLogger("lmcache_ext.pd")
 
@@ -67,6 +67,13 @@ class Memory:
     def of(cls, pool: HostPool) -> Memory:
         """A host pool's slots."""
         return cls(pool.address, pool.shape.nbytes, pool.shape.slot_bytes)
+
+    @classmethod
+    def on_gpu(cls, address: int, shape: Shape, device: int) -> Memory:
+        """Slots in a GPU's memory, whose context the calling thread has. Raises TransferError: it has none."""
+        from lmcache_ext.transfer.driver import Driver
+
+        return cls(address, shape.nbytes, shape.slot_bytes, "cuda", device, Driver().enter)
 
     @property
     def slots(self) -> int:

@@ -20,7 +20,7 @@ _HIGH = -1  # a stream's priority: sums are short, and somebody waits
 
 
 class GpuSums:
-    """Takes sums of `memory`'s slots, for any thread. Compiles its kernel when it is made."""
+    """Takes sums of `memory`'s slots, for any thread. `transfer.cuda.compile_sums` has compiled the kernel."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -34,7 +34,6 @@ class GpuSums:
             self._asked = torch.zeros(_RUNS, 3, dtype=torch.int64, pin_memory=True)
             self._answer = torch.zeros(_RUNS, _PROGRAMS, 2, dtype=torch.int64, pin_memory=True)
             torch.cuda.current_stream().synchronize()
-        list(self([(0, ((0, WORD),))]))
 
     def __call__(self, asked: Sequence[tuple[int, Runs]]) -> Iterator[bytes]:
         """See `Sums`. Runs are whole words."""

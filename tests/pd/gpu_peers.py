@@ -26,7 +26,6 @@ from lmcache_ext.pd import (
 )
 from lmcache_ext.pd.gpu_sums import GpuSums
 from lmcache_ext.policies import POLICIES
-from lmcache_ext.transfer.driver import Driver
 from lmcache_ext.transfer.pool import Shape
 from tests.pd.peers import CHUNK, content
 
@@ -41,7 +40,7 @@ class Slots:
         torch.cuda.set_device(gpu)
         self.store = torch.zeros(SHAPE.slots, SHAPE.slot_bytes, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
-        self.memory = Memory(self.store.data_ptr(), SHAPE.nbytes, SHAPE.slot_bytes, "cuda", gpu, Driver().enter)
+        self.memory = Memory.on_gpu(self.store.data_ptr(), SHAPE, gpu)
         self.sums = GpuSums(self.memory)
         self.geometry = Geometry.of(SHAPE, CHUNK, "in GPU memory")
 

@@ -85,8 +85,8 @@ class WorkerSide:
         self._transfer = open_transfer(pages, pool, self._load_timeout)
         if self.writes:
             berth = self._berth(pages, pool.path, shape.slots)
-            if device is not None:
-                berth = replace(berth, gpu=device, address=pool.address)
+            if isinstance(pool, GpuPool):
+                berth = replace(berth, gpu=pool.device, address=pool.address)
             rendezvous.publish(self._engine_id, berth)
         logger.info(
             "rank %d: %s pool of %.2f GB, %d chunks of %d bytes; KV layout %s",

@@ -44,10 +44,8 @@ def slots_of(berth: Berth, pool: HostPool | None) -> tuple[Memory, Sums]:
         return Memory.of(pool), sums.of_pool(pool)
     assert berth.gpu is not None and berth.pid == os.getpid(), "a GPU's memory is known to its worker's process alone"
     from lmcache_ext.pd.gpu_sums import GpuSums
-    from lmcache_ext.transfer.driver import Driver
 
-    shape = berth.shape
-    memory = Memory(berth.address, shape.nbytes, shape.slot_bytes, "cuda", berth.gpu, Driver().enter)
+    memory = Memory.on_gpu(berth.address, berth.shape, berth.gpu)
     return memory, GpuSums(memory)
 
 
